@@ -1,0 +1,259 @@
+"""The only boundary to autograd and torch.compile: one custom op per operation, forward and backward.
+
+A plan crosses the boundary as its tensors and sizes, so that compiled graphs see plain arguments. Fakes give the real
+shapes, dtypes and contiguous strides. The reference needs no op: it is called directly and autograd sees through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsattn import dispatch
+from nsattn.kernels import reference
+from nsattn.plan import Plan
+
+
+def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str, impl: str) -> Tensor:
+    """Eq 7. See `nsattn.compress`."""
+    if impl == "reference":
+        return reference.compress(x, params, plan, method=method)
+    params = tuple(p.contiguous() for p in params)
+    return _compress(_rows(x), list(params), *plan.pack(), method, impl)
+
+
+def attend_compressed(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Eq 8. See `nsattn.attend_compressed`."""
+    if impl == "reference":
+        return reference.attend_compressed(q, k_cmp, v_cmp, plan, scale=scale)
+    return _attend_compressed(_rows(q), _rows(k_cmp), _rows(v_cmp), None, *plan.pack(), scale, 0, impl)
+
+
+def select_blocks(
+    q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, *, scale: float, workspace: int, impl: str
+) -> Tensor:
+    """Eq 9, 10, without gradient. An op of its own, so that a checkpoint policy can save its result."""
+    q, k_cmp, lse_cmp = q.detach(), k_cmp.detach(), lse_cmp.detach()
+    if impl == "reference":
+        return reference.select_blocks(q, k_cmp, lse_cmp, plan, scale=scale)
+    return _select_blocks(_rows(q), _rows(k_cmp), lse_cmp.contiguous(), *plan.pack(), scale, workspace, impl)
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor, plan: Plan, *, scale: float, workspace: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Eq 11, 12. See `nsattn.attend_selected`."""
+    if impl == "reference":
+        return reference.attend_selected(q, k, v, block_idx, plan, scale=scale)
+    block_idx = block_idx.contiguous()
+    return _attend_selected(_rows(q), _rows(k), _rows(v), block_idx, *plan.pack(), scale, workspace, impl)
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+    """Section 3.3.3. See `nsattn.attend_window`."""
+    if impl == "reference":
+        return reference.attend_window(q, k, v, plan, scale=scale)
+    return _attend_window(_rows(q), _rows(k), _rows(v), None, *plan.pack(), scale, 0, impl)
+
+
+def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl: str) -> Tensor:
+    """Eq 5. See `nsattn.combine`."""
+    if impl == "reference":
+        return reference.combine(o_cmp, o_slc, o_win, gates)
+    return _combine(o_cmp.contiguous(), o_slc.contiguous(), o_win.contiguous(), gates.contiguous(), impl)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Kernels take any strides of rows and heads, but head vectors must be contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of the tensors, not on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# compress
+
+
+@torch.library.custom_op("nsattn::compress", mutates_args=())
+def _compress(
+    x: Tensor, params: Sequence[Tensor], tensors: Sequence[Tensor], sizes: Sequence[int], method: str, impl: str
+) -> Tensor:
+    with _on(x):
+        return dispatch.load("compress", impl).compress(x, tuple(params), Plan.unpack(tensors, sizes), method=method)
+
+
+@_compress.register_fake
+def _(x, params, tensors, sizes, method, impl):
+    plan = Plan.unpack(tensors, sizes)
+    out = params[{"linear": 0, "mlp": 3}[method]].shape[-1] if method in ("linear", "mlp") else x.shape[-1]
+    return _new(x, plan.total_cmp, x.shape[1], out)
+
+
+@torch.library.custom_op("nsattn::compress_bwd", mutates_args=())
+def _compress_bwd(
+    dy: Tensor, x: Tensor, params: Sequence[Tensor], tensors: Sequence[Tensor], sizes: Sequence[int], method: str,
+    impl: str,
+) -> list[Tensor]:
+    plan = Plan.unpack(tensors, sizes)
+    with _on(x):
+        return list(dispatch.load("compress", impl).compress_bwd(dy, x, tuple(params), plan, method=method))
+
+
+@_compress_bwd.register_fake
+def _(dy, x, params, tensors, sizes, method, impl):
+    return [_new(x, *x.shape), *(_new(p, *p.shape) for p in params)]
+
+
+def _compress_setup(ctx, inputs, output):
+    x, params, tensors, sizes, method, impl = inputs
+    ctx.save_for_backward(x, *params, *tensors)
+    ctx.num_params, ctx.sizes, ctx.method, ctx.impl = len(params), sizes, method, impl
+
+
+def _compress_backward(ctx, dy):
+    x, *rest = ctx.saved_tensors
+    params, tensors = rest[: ctx.num_params], rest[ctx.num_params :]
+    dx, *dparams = _compress_bwd(dy.contiguous(), x, params, tensors, ctx.sizes, ctx.method, ctx.impl)
+    return dx, dparams, [None] * len(tensors), None, None, None
+
+
+_compress.register_autograd(_compress_backward, setup_context=_compress_setup)
+
+
+# The three attention branches share one schema; block_idx and workspace are None and 0 where a branch has none.
+
+
+def _define_attention(operation: str):
+    def arguments(block_idx: Tensor | None, workspace: int) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+        return ((), {}) if block_idx is None else ((block_idx,), {"workspace": workspace})
+
+    @torch.library.custom_op(f"nsattn::{operation}", mutates_args=())
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
+        scale: float, workspace: int, impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        extra, options = arguments(block_idx, workspace)
+        function = getattr(dispatch.load(operation, impl), operation)
+        with _on(q):
+            return function(q, k, v, *extra, Plan.unpack(tensors, sizes), scale=scale, **options)
+
+    @forward.register_fake
+    def _(q, k, v, block_idx, tensors, sizes, scale, workspace, impl):
+        rows = q.shape[:2]
+        return _new(q, *rows, v.shape[-1]), _new(q, *rows, dtype=_statistics_dtype(q))
+
+    @torch.library.custom_op(f"nsattn::{operation}_bwd", mutates_args=())
+    def backward(
+        do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+        block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int], scale: float, workspace: int,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        extra, options = arguments(block_idx, workspace)
+        function = getattr(dispatch.load(operation, impl), f"{operation}_bwd")
+        plan = Plan.unpack(tensors, sizes)
+        with _on(q):
+            return function(do, dlse, q, k, v, o, lse, *extra, plan, scale=scale, **options)
+
+    @backward.register_fake
+    def _(do, dlse, q, k, v, o, lse, block_idx, tensors, sizes, scale, workspace, impl):
+        return _new(q, *q.shape), _new(k, *k.shape), _new(v, *v.shape)
+
+    def setup(ctx, inputs, output):
+        q, k, v, block_idx, tensors, sizes, scale, workspace, impl = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, block_idx, *tensors)
+        ctx.options = (sizes, scale, workspace, impl)
+
+    def gradient(ctx, do, dlse):
+        q, k, v, o, lse, block_idx, *tensors = ctx.saved_tensors
+        sizes, scale, workspace, impl = ctx.options
+        if do is None and dlse is None:
+            return None, None, None, None, [None] * len(tensors), None, None, None, None
+        do = torch.zeros_like(o) if do is None else do.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        dq, dk, dv = backward(do, dlse, q, k, v, o, lse, block_idx, tensors, sizes, scale, workspace, impl)
+        return dq, dk, dv, None, [None] * len(tensors), None, None, None, None
+
+    forward.register_autograd(gradient, setup_context=setup)
+    return forward
+
+
+_attend_compressed = _define_attention("attend_compressed")
+_attend_selected = _define_attention("attend_selected")
+_attend_window = _define_attention("attend_window")
+
+
+# select_blocks
+
+
+@torch.library.custom_op("nsattn::select_blocks", mutates_args=())
+def _select_blocks(
+    q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], scale: float,
+    workspace: int, impl: str,
+) -> Tensor:
+    plan = Plan.unpack(tensors, sizes)
+    with _on(q):
+        return dispatch.load("select_blocks", impl).select_blocks(
+            q, k_cmp, lse_cmp, plan, scale=scale, workspace=workspace
+        )
+
+
+@_select_blocks.register_fake
+def _(q, k_cmp, lse_cmp, tensors, sizes, scale, workspace, impl):
+    config = Plan.unpack(tensors, sizes).config
+    return _new(q, q.shape[0], k_cmp.shape[1], config.num_selected, dtype=torch.int32)
+
+
+# combine
+
+
+@torch.library.custom_op("nsattn::combine", mutates_args=())
+def _combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str) -> Tensor:
+    with _on(o_cmp):
+        return dispatch.load("combine", impl).combine(o_cmp, o_slc, o_win, gates)
+
+
+@_combine.register_fake
+def _(o_cmp, o_slc, o_win, gates, impl):
+    return _new(o_cmp, *o_cmp.shape)
+
+
+@torch.library.custom_op("nsattn::combine_bwd", mutates_args=())
+def _combine_bwd(
+    do: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _on(do):
+        return dispatch.load("combine", impl).combine_bwd(do, o_cmp, o_slc, o_win, gates)
+
+
+@_combine_bwd.register_fake
+def _(do, o_cmp, o_slc, o_win, gates, impl):
+    return tuple(_new(x, *x.shape) for x in (o_cmp, o_slc, o_win, gates))
+
+
+def _combine_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.impl = inputs[4]
+
+
+def _combine_backward(ctx, do):
+    return *_combine_bwd(do.contiguous(), *ctx.saved_tensors, ctx.impl), None
+
+
+_combine.register_autograd(_combine_backward, setup_context=_combine_setup)

@@ -1,0 +1,73 @@
+"""Steps that kernels share: bounds of a sequence, one product, one softmax, one gradient of scores.
+
+Names in kernels: `i_` program and loop indices, `o_` offset vectors, `m_` masks, `p_` pointers, `b_` values on chip;
+upper case for compile-time sizes. `BD`, `BDV` are the head dims rounded up to powers of two. Row offsets are int64
+before they meet a stride. Inside kernels the log-sum-exp is base 2 (`lse2`); what is stored is the natural one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def bounds(cu, i_s):
+    """First row (int64) and length (int32) of sequence i_s."""
+    start = tl.load(cu + i_s)
+    return start.to(tl.int64), tl.load(cu + i_s + 1) - start
+
+
+@triton.jit
+def load_rows(p, o_row, o_col, stride_row, m_row, COLS: tl.constexpr):
+    """Tile [rows, cols] gathered at int64 row offsets `o_row`; 0 where `m_row` is false or the column is >= COLS."""
+    return tl.load(p + o_row[:, None] * stride_row + o_col[None, :],
+                   mask=m_row[:, None] & (o_col[None, :] < COLS), other=0.0)
+
+
+@triton.jit
+def store_rows(p, b, o_row, o_col, stride_row, m_row, COLS: tl.constexpr):
+    """Store a tile [rows, cols] at int64 row offsets, cast to the type of the target."""
+    tl.store(p + o_row[:, None] * stride_row + o_col[None, :], b.to(p.dtype.element_ty),
+             mask=m_row[:, None] & (o_col[None, :] < COLS))
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b, accumulated in float32 (float64 for float64 operands). float32 operands are not rounded to tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def softmax_step(m, l, acc, s2, b_v):
+    """One online softmax step over base-2 scores `s2` [rows, keys] (-inf where invisible) and values [keys, BDV].
+
+    m, l: running maximum and sum [rows]; acc: running sum of p @ v. A row without visible keys keeps m = -inf, l = 0.
+    """
+    m_new = tl.maximum(m, tl.max(s2, 1))
+    m_ref = tl.where(m_new == -float("inf"), 0.0, m_new)
+    shrink = tl.exp2(m - m_ref)
+    p = tl.exp2(s2 - m_ref[:, None])
+    acc = acc * shrink[:, None] + dot(p.to(b_v.dtype), b_v)
+    return m_new, l * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def softmax_finish(m, l, acc):
+    """Output [rows, BDV] and natural lse [rows]; a row without visible keys gives 0 and -inf."""
+    some = l > 0
+    o = acc / tl.where(some, l, 1.0)[:, None]
+    lse = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
+    return o, lse
+
+
+def next_power_of_2(n: int, low: int = 16) -> int:
+    """Smallest power of two >= n and >= low: a head dim as a tile size."""
+    return max(low, triton.next_power_of_2(n))
+
+
+def lse_dtype(x: torch.Tensor) -> torch.dtype:
+    """Type of softmax statistics and accumulators: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
