@@ -147,8 +147,8 @@ class NSAttention(nn.Module):
         return_selection: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention output like x; with `return_selection` also the selected blocks, int32 `[T, Hkv, N]`."""
-        rows = x.flatten(0, -2)
         plan = self._plan(x, cu_seqlens, max_seqlen, plan)
+        rows = x.flatten(0, -2)
         q = self.q_proj(rows).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(rows).unflatten(-1, (self.branches, self.num_kv_heads, self.head_dim)).unbind(1)
         v = self.v_proj(rows).unflatten(-1, (self.branches, self.num_kv_heads, self.v_head_dim)).unbind(1)

@@ -106,7 +106,7 @@ def make_plan(
     len_k = cu_k[1:] - cu_k[:-1]
     len_cmp = ((len_k - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
     len_blk = (len_k + config.slc_block - 1) // config.slc_block
-    cu_cmp, cu_blk = _cumulative(len_cmp), _cumulative(len_blk)
+    cu_cmp, cu_blk = cumulative(len_cmp), cumulative(len_blk)
     # Bounds from the totals: one sequence of everything has the most compressed rows; each sequence rounds its
     # last selection block up.
     total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
@@ -163,14 +163,15 @@ def _max_length(cu: Tensor, total: int, max_seqlen: int | None) -> int:
     return total
 
 
-def _cumulative(lengths: Tensor) -> Tensor:
+def cumulative(lengths: Tensor) -> Tensor:
+    """Running sum that starts at 0: where each of `lengths` rows begins, and the total."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
 
 
 def _tile_table(lengths: Tensor, total: int) -> Tensor:
     """(sequence, first row) of each tile; the number of entries is a bound, unused ones hold sequence -1."""
     n = lengths.shape[0]
-    cu = _cumulative((lengths + TILE - 1) // TILE)
+    cu = cumulative((lengths + TILE - 1) // TILE)
     tile = torch.arange(total // TILE + n, device=lengths.device, dtype=torch.int32)
     seq = torch.searchsorted(cu[1:], tile, right=True)
     first = (tile - torch.cat([cu, cu.new_zeros(1)])[seq]) * TILE

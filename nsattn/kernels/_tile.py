@@ -71,3 +71,39 @@ def next_power_of_2(n: int, low: int = 16) -> int:
 def lse_dtype(x: torch.Tensor) -> torch.dtype:
     """Type of softmax statistics and accumulators: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may use: 227 KiB on sm_90 and sm_100, 163 on sm_80, 64 on gfx942."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@triton.jit
+def _delta_kernel(O, DO, DLSE, DELTA, num_rows, DVAL: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr):
+    """delta of BR rows (token, head): what ds = p * (dp - delta) subtracts, rowsum(o * do) - dlse."""
+    ACC: tl.constexpr = DELTA.dtype.element_ty
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_r = o_r < num_rows
+    o_v = tl.arange(0, BDV)
+    # [BR, BDV]
+    b_o = load_rows(O, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
+    b_do = load_rows(DO, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
+    delta = tl.sum(b_o * b_do, 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + o_r, mask=m_r, other=0.0).to(ACC)
+    tl.store(DELTA + o_r, delta, mask=m_r)
+
+
+def row_delta(o: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """rowsum(o * do) - dlse, `[T, Hq]` in the type of the statistics. All inputs contiguous."""
+    (T, Hq, Dv) = o.shape
+    delta = torch.empty(T, Hq, dtype=lse_dtype(o), device=o.device)
+    if T * Hq:
+        BDV = next_power_of_2(Dv)
+        BR = 4096 // BDV  # 32 values of each input per thread
+        _delta_kernel[(triton.cdiv(T * Hq, BR),)](
+            o, do, dlse, delta, T * Hq, DVAL=Dv, BDV=BDV, BR=BR, num_warps=4
+        )
+    return delta

@@ -64,7 +64,7 @@ def select_blocks(
     unused = torch.iinfo(torch.int32).max
     index = index.int().masked_fill(best < 0, unused)[..., : config.num_selected].sort(dim=-1).values
     index = index.masked_fill(index == unused, -1)
-    return _unpad(index.transpose(1, 2), plan, fill=-1)
+    return unpad(index.transpose(1, 2), plan, fill=-1)
 
 
 def block_scores(q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, *, scale: float) -> Tensor:
@@ -133,7 +133,7 @@ def _attend(
     p = (s - lse[..., None]).exp().masked_fill(~some[..., None], 0.0)
     o = torch.einsum("nhgqk,nkhd->nqhgd", p.to(v.dtype), v).flatten(2, 3)
     lse = lse.masked_fill(~some, -float("inf")).permute(0, 3, 1, 2).flatten(2, 3)
-    return _unpad(o, plan), _unpad(lse, plan, fill=-float("inf"))
+    return unpad(o, plan), unpad(lse, plan, fill=-float("inf"))
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan, keys: tuple[Tensor, int], scale: float) -> Tensor:
@@ -168,14 +168,11 @@ def _existing(cu: Tensor, longest: int) -> Tensor:
 def _pad(x: Tensor, cu: Tensor, longest: int) -> Tensor:
     """Packed rows `[T, ...]` to `[n, S, ...]`, zeros where a sequence is shorter than S."""
     longest = max(longest, 1)
-    exists = _existing(cu, longest)
-    row = torch.where(exists, cu[:-1, None] + torch.arange(longest, device=x.device), 0)
-    if x.shape[0] == 0:
-        return x.new_zeros(*row.shape, *x.shape[1:])
-    return torch.where(exists.view(*exists.shape, *[1] * (x.dim() - 1)), x[row], 0)
+    row = torch.where(_existing(cu, longest), cu[:-1, None] + torch.arange(longest, device=x.device), x.shape[0])
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, 1))[row]  # one more row, of zeros, for what does not exist
 
 
-def _unpad(y: Tensor, plan: Plan, fill: float = 0.0) -> Tensor:
+def unpad(y: Tensor, plan: Plan, fill: float = 0.0) -> Tensor:
     """`[n, S, ...]` back to packed query rows; slack rows get `fill`."""
     seq, index = rows_of(plan.cu_q, plan.total_q)
     real = (seq < plan.num_seqs).view(-1, *[1] * (y.dim() - 2))

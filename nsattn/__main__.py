@@ -1,0 +1,5 @@
+"""`python -m nsattn` is the `nsattn` command."""
+
+from nsattn.cli import main
+
+main()

@@ -1,0 +1,251 @@
+"""`nsattn bench`: times of every operation, forward and backward, beside dense attention in the same run.
+
+Each contender is checked against the reference on the last query rows before its time counts. Timing: device events, a
+cold L2 cache (triton's `do_bench` clears it before every call), the median with the 20th and 80th percentile, and a
+pause before each measurement, because these kernels run into the power limit and drift when timed back to back.
+
+The floor of a row is arithmetic: useful FLOPs (selected keys only, causal halves counted once) at the matrix rate and
+unique bytes (each input read once, each output written once) at the copy rate that were measured on an H200.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nsattn
+from nsattn import dispatch
+from nsattn.environment import commit, environment
+from nsattn.kernels import reference
+from nsattn.plan import Plan, make_plan
+from nsattn.testing import compare, make_compression, random_selection
+
+PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
+PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
+CHECKED_ROWS = 64
+PAUSE = 0.15
+
+
+@dataclass
+class Row:
+    """One time. `floor_ms`, `peak_gib` (memory beyond the inputs) and `ok` (the check) belong to it."""
+
+    who: str
+    op: str
+    impl: str
+    T: int
+    Hq: int
+    Hkv: int
+    D: int
+    Dv: int
+    B: int
+    N: int
+    selection: str
+    direction: str
+    ms: float
+    p20: float
+    p80: float
+    floor_ms: float
+    peak_gib: float
+    ok: bool
+    commit: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: a function of leaf tensors, its useful FLOPs, and how to check its last rows."""
+
+    who: str
+    op: str
+    impl: str
+    call: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    flops: float
+    backward: bool = True
+    golden: Callable[[], tuple[Tensor, Tensor]] | None = None  # (float64, low precision) of the last rows
+
+
+def run(
+    lengths: Sequence[int], heads: Sequence[tuple[int, ...]], *, out: str, echo: Callable[[str], None],
+    head_dim: int = 128,
+) -> list[Row]:
+    """Time everything for one sequence of each length and each pair of head counts; write JSON to `out`."""
+    if not torch.cuda.is_available():
+        echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
+        return _run(lengths=[256], heads=[(4, 2)], head_dim=32, device="cpu", out=out, echo=echo)
+    return _run(lengths=lengths, heads=heads, head_dim=head_dim, device="cuda", out=out, echo=echo)
+
+
+def _run(*, lengths, heads, head_dim, device, out, echo) -> list[Row]:
+    rows: list[Row] = []
+    for num_heads, num_kv_heads in heads:
+        for T in lengths:
+            for work in _works(T, num_heads, num_kv_heads, head_dim, device):
+                new = _time(work, T, num_heads, num_kv_heads, head_dim, device)
+                rows += new
+                for row in new:
+                    echo(
+                        f"{row.Hq:3}/{row.Hkv} T={row.T:6} {row.op:18} {row.impl:9} {row.direction:8} "
+                        f"{row.ms:9.3f} ms  floor {row.floor_ms:8.3f}  {row.peak_gib:5.2f} GiB  "
+                        f"{'ok' if row.ok else 'WRONG'}"
+                    )
+            if out:
+                _save(rows, out)
+    return rows
+
+
+def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
+    """All contenders of one shape. Inputs are random, the selection random with the forced blocks."""
+    config = nsattn.NSAConfig()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
+
+    cu = torch.tensor([0, T], dtype=torch.int32, device=device)
+    plan = make_plan(cu, T, config=config, max_seqlen=T)
+    q, k, v = normal(T, Hq, D), normal(T, Hkv, D), normal(T, Hkv, D)
+    o = [normal(T, Hq, D) for _ in range(3)]
+    gates = torch.rand(T, Hq, 3, generator=generator, device=device, dtype=dtype).requires_grad_()
+    linear = tuple(p.requires_grad_() for p in make_compression("linear", Hkv, D, D, config, dtype=dtype, device=device))
+    with torch.no_grad():
+        k_cmp, v_cmp = (nsattn.compress(x, plan=plan) for x in (k, v))
+        lse_cmp = nsattn.attend_compressed(q, k_cmp, v_cmp, plan=plan, return_lse=True)[1]
+    k_cmp.requires_grad_()
+    v_cmp.requires_grad_()
+    selection = random_selection(plan, Hkv)
+
+    visible = T * T / 2  # (query, key) pairs of causal attention
+    pairs = 4 * Hq * D  # FLOPs of a (query, key) pair forward, all heads
+    tail = _tail(q, k, v, k_cmp, v_cmp, selection, plan)
+    works = [
+        Work("nsattn", "compress", "triton", lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan),
+             (k, *linear), 2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv),
+        Work("nsattn", "attend_compressed", "triton", lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
+             (q, k_cmp, v_cmp), pairs * visible / config.cmp_stride, golden=tail("attend_compressed")),
+        Work("nsattn", "select_blocks", "triton", lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
+             (q, k_cmp), pairs / 2 * visible / config.cmp_stride, backward=False),
+    ]
+    impls = [name for name, cell in dispatch.TABLE["attend_selected"].items() if cell.is_kernel]
+    works += [
+        Work("nsattn", "attend_selected", impl,
+             lambda q, k, v, impl=impl: nsattn.attend_selected(q, k, v, selection, plan=plan, impl=impl),
+             (q, k, v), pairs * T * min(T / 2, config.num_selected * config.slc_block), golden=tail("attend_selected"))
+        for impl in (impls if device == "cuda" else ["reference"])
+    ]
+    works += [
+        Work("nsattn", "attend_window", "triton", lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
+             (q, k, v), pairs * T * min(T / 2, config.window), golden=tail("attend_window")),
+        Work("nsattn", "combine", "triton", nsattn.combine, (*o, gates), 6 * T * Hq * D),
+        Work("nsattn", "nsa_attention", "auto",
+             lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan), (q, k, v, gates),
+             pairs * (1.5 * visible / config.cmp_stride + T * (config.num_selected * config.slc_block + config.window))),
+        _dense(q, k, v, pairs * visible),
+    ]
+    return works
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Work:
+    """torch SDPA, causal: cuDNN on a GPU (about FlashAttention-3 speed), whatever torch has on a CPU."""
+    q, k, v = (x.detach().transpose(0, 1).contiguous()[None].requires_grad_() for x in (q, k, v))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backends = [SDPBackend.CUDNN_ATTENTION] if q.is_cuda else [SDPBackend.MATH]
+        with sdpa_kernel(backends):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return Work("torch", "dense causal", "cudnn" if q.is_cuda else "math", call, (q, k, v), flops)
+
+
+def _tail(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, selection: Tensor, plan: Plan):
+    """The reference on the last query rows alone: as cached keys with a few queries, at a cost linear in T."""
+    rows = min(CHECKED_ROWS, plan.total_q)
+    few = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
+    last = make_plan(few, rows, config=plan.config, max_seqlen=rows, cu_seqlens_k=plan.cu_k, total_k=plan.total_k,
+                     max_seqlen_k=plan.max_k)
+    scale = q.shape[-1] ** -0.5
+
+    def of(operation: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        def golden() -> tuple[Tensor, Tensor]:
+            keys = (k_cmp, v_cmp) if operation == "attend_compressed" else (k, v)
+            extra = (selection[-rows:],) if operation == "attend_selected" else ()
+            function = getattr(reference, operation)
+            with torch.no_grad():
+                exact, low = (
+                    function(q[-rows:].to(t), *(x.to(t) for x in keys), *extra, last, scale=scale)[0]
+                    for t in (torch.float64, q.dtype)
+                )
+            return exact, low
+
+        return golden
+
+    return of
+
+
+def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Row]:
+    """Forward and backward of one contender. A shape that a contender cannot run is an error, not a gap."""
+    y = work.call(*work.leaves)
+    ok = True
+    if work.golden:
+        exact, low = work.golden()
+        ok = compare(y[-exact.shape[0] :], exact, low).ok
+    config = nsattn.NSAConfig()
+    moved = sum(x.numel() * x.element_size() for x in (*work.leaves, y))
+    selection = "random" if work.op in ("attend_selected",) else "own"
+    rows = []
+    calls: list[tuple[str, Callable[[], object], float, float]] = [
+        ("forward", lambda: work.call(*work.leaves), work.flops, moved)
+    ]
+    if work.backward:
+        dy = torch.randn_like(y)
+        calls.append(
+            ("backward", lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True),
+             (2.5 if "attend" in work.op or work.op in ("nsa_attention", "dense causal") else 2) * work.flops, 2 * moved)
+        )
+    for direction, call, flops, size in calls:
+        ms, p20, p80, peak = _measure(call, device, no_grad=direction == "forward")
+        floor = max(flops / PEAK_FLOPS, size / PEAK_BYTES) * 1e3
+        rows.append(Row(work.who, work.op, work.impl, T, Hq, Hkv, D, D, config.slc_block, config.num_selected, selection,
+                        direction, ms, p20, p80, floor, peak / 2**30, ok, commit()))
+    return rows
+
+
+def _measure(call: Callable[[], object], device: str, *, no_grad: bool) -> tuple[float, float, float, int]:
+    """Median, 20th and 80th percentile in ms, and peak memory beyond what was allocated before."""
+    with torch.set_grad_enabled(not no_grad):
+        if device == "cpu":
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e3)
+            times.sort()
+            return times[2], times[1], times[3], 0
+        import triton
+
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        time.sleep(PAUSE)
+        ms, p20, p80 = triton.testing.do_bench(call, warmup=5, rep=20, quantiles=[0.5, 0.2, 0.8])
+        return ms, p20, p80, peak
+
+
+def _save(rows: list[Row], out: str) -> None:
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

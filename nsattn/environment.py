@@ -1,0 +1,47 @@
+"""What a report says about where it was made: versions, GPU, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import nsattn
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, as a header for reports."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "not installed: kernels cannot run, impl='reference' can"
+    facts = {
+        "nsattn": nsattn.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": version,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        facts["gpu"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        facts["cuda"] = str(torch.version.cuda or torch.version.hip)
+    return facts
+
+
+def commit() -> str:
+    """Commit of the checkout, `-dirty` if it has changes. Outside a checkout: NSATTN_COMMIT, which a copy may carry."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("NSATTN_COMMIT", "unknown")

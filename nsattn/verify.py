@@ -1,0 +1,258 @@
+"""`nsattn verify`: every kernel this machine can run, against the reference. The tests run the same checks.
+
+A *case* is a batch: lengths, heads, block sizes. A *check* runs one operation of one implementation on a case, forward
+and backward, and judges every output by the error rule of `nsattn.testing`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from nsattn import branches, dispatch
+from nsattn.config import NSAConfig
+from nsattn.kernels import reference
+from nsattn.testing import (
+    Comparison,
+    Inputs,
+    SelectionComparison,
+    compare,
+    compare_selections,
+    hostile_selection,
+    make_compression,
+    make_inputs,
+    random_selection,
+)
+
+WORKSPACE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch to check an operation on."""
+
+    name: str
+    lengths: tuple[int, ...] = (700, 0, 1, 322)
+    lengths_k: tuple[int, ...] | None = None
+    num_kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 128
+    v_head_dim: int | None = None
+    config: NSAConfig = field(default_factory=NSAConfig)
+    slack: int = 3
+    hostile: bool = False
+    workspace: int = WORKSPACE
+    axis: str = "lengths"  # what the case is about: operations that do not depend on it skip the case
+
+
+AXES = {  # lengths: packing and skew; G, D: heads; B: selection blocks; cmp: compression blocks; w: the window
+    "compress": {"lengths", "D", "cmp"},
+    "attend_compressed": {"lengths", "G", "D", "cmp"},
+    "select_blocks": {"lengths", "G", "D", "B", "cmp", "workspace"},
+    "attend_selected": {"lengths", "G", "D", "B", "hostile", "workspace"},
+    "attend_window": {"lengths", "G", "D", "w"},
+    "combine": {"G", "D"},
+}
+
+
+def gpu_cases() -> list[Case]:
+    """A covering set: one size at a time around heads of 128 in groups of 4."""
+    base = Case("base")
+    few = NSAConfig(num_selected=4)
+    cases = [base, Case("hostile", hostile=True, axis="hostile"), Case("chunked prefill", (100, 30), (640, 30)),
+             Case("decode", (1, 1, 1), (1000, 63, 1)), Case("more queries than keys", (200, 64), (90, 64)),
+             Case("small workspace", lengths=(4000,), workspace=1 << 20, num_kv_heads=1, axis="workspace"),
+             Case("long lists", lengths=(6000,), config=few, num_kv_heads=1, group=2, axis="workspace")]
+    cases += [replace(base, name=f"G={g}", group=g, axis="G") for g in (1, 2, 3, 5, 6, 7, 8, 16, 32, 64)]
+    cases += [replace(base, name=f"D={d}", head_dim=d, axis="D") for d in (32, 64, 80, 96, 192, 256)]
+    cases += [replace(base, name="D=192 Dv=128", head_dim=192, v_head_dim=128, axis="D"),
+              replace(base, name="D=64 Dv=256", head_dim=64, v_head_dim=256, axis="D")]
+    cases += [replace(base, name=f"B={b}", config=NSAConfig(slc_block=b), axis="B") for b in (16, 32, 128)]
+    forced = NSAConfig(num_selected=5, init_blocks=0, local_blocks=0)
+    cases += [replace(base, name="B=128 D=256", head_dim=256, config=NSAConfig(slc_block=128), axis="B"),
+              replace(base, name="N=64", config=NSAConfig(slc_block=16, num_selected=64), axis="B"),
+              replace(base, name="N=1", config=NSAConfig(num_selected=1, init_blocks=0, local_blocks=1), axis="B"),
+              replace(base, name="nothing forced", config=forced, axis="B"),
+              replace(base, name="l=16 d=16", config=NSAConfig(cmp_block=16), axis="cmp"),
+              replace(base, name="l=32 d=4", config=NSAConfig(cmp_stride=4), axis="cmp"),
+              replace(base, name="w=1", config=NSAConfig(window=1), axis="w"),
+              replace(base, name="w=5000", config=NSAConfig(window=5000), axis="w")]
+    return cases
+
+
+def interpreter_cases() -> list[Case]:
+    """The edge cases at sizes that Triton's interpreter finishes in seconds."""
+    tiny = NSAConfig(cmp_block=8, cmp_stride=4, slc_block=16, num_selected=4, window=20)
+    base = Case("base", (7, 0, 1, 65), num_kv_heads=1, group=3, head_dim=16, config=tiny, slack=2)
+    return [
+        base,
+        replace(base, name="nothing", lengths=(0, 0), slack=0),
+        replace(base, name="shorter than a compressed block", lengths=(5, 3)),
+        replace(base, name="one token each", lengths=(1,) * 20),
+        replace(base, name="block - 1, block, block + 1", lengths=(15, 16, 17)),
+        replace(base, name="stride and window edges", lengths=(3, 4, 5, 19, 20, 21)),
+        replace(base, name="hostile", hostile=True, num_kv_heads=2, group=1, axis="hostile"),
+        replace(base, name="chunked prefill", lengths=(5, 20), lengths_k=(40, 20)),
+        replace(base, name="decode", lengths=(1, 1, 1), lengths_k=(50, 9, 1)),
+        replace(base, name="more queries than keys", lengths=(30, 8), lengths_k=(11, 0)),
+        replace(base, name="small workspace", lengths=(130,), workspace=1 << 14, axis="workspace"),
+        replace(base, name="G=5, two KV heads", lengths=(40, 33), num_kv_heads=2, group=5, axis="G"),
+        replace(base, name="D=80 Dv=16", lengths=(33,), head_dim=80, v_head_dim=16, axis="D"),
+        replace(base, name="D=16 Dv=32", lengths=(70,), head_dim=16, v_head_dim=32, axis="D"),
+        replace(base, name="B=128", lengths=(150,), axis="B",
+                config=replace(tiny, slc_block=128, num_selected=1, local_blocks=0)),
+        replace(base, name="B=32 l=16 d=16", lengths=(100,), config=NSAConfig(16, 16, 32, 3, 1, 0, 1), axis="cmp"),
+        replace(base, name="w=500", lengths=(70,), config=replace(tiny, window=500), axis="w"),
+        replace(base, name="N=1", config=replace(tiny, num_selected=1, init_blocks=0, local_blocks=1), axis="B"),
+        replace(base, name="l=16 d=4, nothing forced", lengths=(70,), config=NSAConfig(16, 4, 16, 2, 500, 0, 0), axis="cmp"),
+    ]
+
+
+Result = tuple[str, Comparison | SelectionComparison]
+
+
+def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str) -> list[Result]:
+    """Forward and gradients of one operation on one case: (output name, verdict) of each."""
+    x = make_inputs(
+        case.lengths, lengths_k=case.lengths_k, num_kv_heads=case.num_kv_heads, group=case.group,
+        head_dim=case.head_dim, v_head_dim=case.v_head_dim, config=case.config, dtype=dtype, device=device,
+        slack=case.slack, own_kv=False,
+    )
+    if operation == "compress":
+        return [r for method in ("mean", "linear", "mlp", "gated") for r in _check_compress(x, method, impl, case)]
+    if operation == "select_blocks":
+        return _check_selection(x, impl, case)
+    return _judge(x, _runner(operation, x, case), impl, dtype)
+
+
+def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], dict[str, Tensor]]:
+    """A function that runs an operation through autograd and returns its outputs and gradients by name."""
+    selection = (hostile_selection if case.hostile else random_selection)(x.plan, case.num_kv_heads)
+    options = {"scale": x.scale}
+
+    def run(x: Inputs, impl: str) -> dict[str, Tensor]:
+        if operation == "combine":
+            o_dim = x.v.shape[-1]
+            leaves = {name: t.clone().requires_grad_() for name, t in
+                      (("o_cmp", x.q[..., :o_dim]), ("o_slc", x.q[..., -o_dim:]), ("o_win", x.q[..., :o_dim] * 0.5))}
+            leaves["gates"] = x.gates.clone().requires_grad_()
+            outputs = {"o": branches.combine(*leaves.values(), impl=impl)}
+        else:
+            keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
+            leaves = {n: t.clone().requires_grad_() for n, t in zip("qkv", (x.q, *keys), strict=True)}
+            if operation == "attend_selected":
+                o, lse = branches.attend_selected(
+                    *leaves.values(), selection, x.plan, impl=impl, workspace=case.workspace, **options
+                )
+            else:
+                o, lse = getattr(branches, operation)(*leaves.values(), x.plan, impl=impl, **options)
+            outputs = {"o": o, "lse": lse}
+        return _with_gradients(outputs, leaves)
+
+    return run
+
+
+def _check_compress(x: Inputs, method: str, impl: str, case: Case) -> list[Result]:
+    heads, dim = x.k.shape[1:]
+    params = make_compression(method, heads, dim, dim, case.config, dtype=x.k.dtype, device=str(x.k.device))
+
+    def run(x: Inputs, impl: str) -> dict[str, Tensor]:
+        leaves = {"x": x.k.clone().requires_grad_()}
+        leaves |= {f"param{i}": p.to(x.k.dtype).clone().requires_grad_() for i, p in enumerate(params)}
+        y = branches.compress(leaves["x"], tuple(leaves.values())[1:], x.plan, method=method, impl=impl)
+        return _with_gradients({"y": y}, leaves)
+
+    return [(f"{method} {name}", verdict) for name, verdict in _judge(x, run, impl, x.k.dtype)]
+
+
+def _check_selection(x: Inputs, impl: str, case: Case) -> list[Result]:
+    golden = x.to(torch.float64)
+    lse = reference.attend_compressed(golden.q, golden.k_cmp, golden.v_cmp, x.plan, scale=x.scale)[1]
+    want = reference.select_blocks(golden.q, golden.k_cmp, lse, x.plan, scale=x.scale)
+    score = reference.block_scores(golden.q, golden.k_cmp, lse, x.plan, scale=x.scale)
+    score = reference.unpad(score.transpose(1, 2), x.plan)
+    lse = lse if x.q.dtype == torch.float64 else lse.float()
+    got = branches.select_blocks(
+        x.q, x.k_cmp, lse, x.plan, scale=x.scale, workspace=case.workspace, impl=impl
+    )
+    return [("block_idx", compare_selections(got, want, score))]
+
+
+def _with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of a random linear function of them; -inf (an empty row's lse) carries none."""
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[next(iter(outputs))].device)
+    for y in outputs.values():
+        weight = torch.randn(y.shape, generator=generator).to(y.device).to(leaves[next(iter(leaves))].dtype).to(y.dtype)
+        loss = loss + (torch.where(y.isfinite(), y, 0) * weight).double().sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    named = {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), gradients, strict=True)}
+    return {n: y.detach() for n, y in outputs.items()} | named
+
+
+def _judge(x: Inputs, run: Callable[[Inputs, str], dict[str, Tensor]], impl: str, dtype: torch.dtype) -> list[Result]:
+    golden, low, got = run(x.to(torch.float64), "reference"), run(x, "reference"), run(x, impl)
+    return [(name, compare(got[name], golden[name], low[name], dtype=dtype)) for name in golden]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the report."""
+
+    operation: str
+    impl: str
+    case: Case
+    dtype: torch.dtype
+    device: str
+
+
+def cells(device: str, *, quick: bool = False) -> Iterator[Cell]:
+    """Every kernel of the dispatch table on every case it may meet."""
+    cases = gpu_cases() if device == "cuda" else interpreter_cases()
+    dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float16)
+    for operation, impls in dispatch.TABLE.items():
+        for impl, cell in impls.items():
+            if not cell.is_kernel:
+                continue
+            for i, case in enumerate(cases[:1] if quick else cases):
+                if i and case.axis not in AXES[operation]:
+                    continue
+                # The second dtype takes the same path with other casts: check it where most code runs.
+                for dtype in dtypes if i == 0 or case.name in ("hostile", "D=256", "G=5") else dtypes[:1]:
+                    yield Cell(operation, impl, case, dtype, device)
+
+
+def run(*, quick: bool, echo: Callable[[str], None]) -> bool:
+    """Check all cells in worker processes (most of the time is compilation) and report; True if none failed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not dispatch.interpreting():
+        echo("Nothing verified: no GPU here. TRITON_INTERPRET=1 nsattn verify runs the kernels on the CPU, slowly.")
+        return False
+    todo = list(cells(device, quick=quick))
+    workers = min(16, os.cpu_count() or 1, len(todo))
+    failed, start = 0, time.time()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for cell, (results, error) in zip(todo, pool.map(_verify, todo), strict=True):
+            wrong = [f"{name} {verdict}" for name, verdict in results if not verdict.ok]
+            if error:
+                wrong.append(error)
+            failed += bool(wrong)
+            dtype = str(cell.dtype).removeprefix("torch.")
+            line = f"{'FAIL' if wrong else 'PASS'}  {cell.operation:18} {cell.impl:8} {dtype:9} {cell.case.name}"
+            echo("\n      ".join([line, *wrong]))
+    echo(f"{len(todo) - failed} passed, {failed} failed, in {time.time() - start:.0f} s")
+    return failed == 0
+
+
+def _verify(cell: Cell) -> tuple[list[Result], str]:
+    try:
+        return check(cell.operation, cell.impl, cell.case, cell.dtype, cell.device), ""
+    except Exception as error:  # a kernel that crashes is a failed cell, not the end of the report
+        return [], f"{type(error).__name__}: {str(error)[:300]}"

@@ -1,0 +1,298 @@
+"""Compile what ships, without a GPU: every launch of the real launchers, for four targets.
+
+Run as a script it prints a table: `python -m tests.compile_only [--target sm_90] [--jobs 2] [--json FILE]`. It must run
+without TRITON_INTERPRET, so the tests start it in a subprocess.
+
+The launchers are called on small CPU tensors with `JITFunction.run` replaced: instead of running, a launch is bound to
+its signature, constants and options, exactly as Triton's own launcher does it, and kept. Then the distinct ones are
+compiled, and registers, spills and shared memory are read from the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import nsattn.kernels
+from nsattn import NSAConfig, dispatch
+from nsattn.testing import Inputs, make_compression, make_inputs, random_selection
+
+WORKSPACE = 1 << 30
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and the shared memory that one program may use on it."""
+
+    gpu: GPUTarget
+    shared_memory: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KIB),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Sizes that choose a kernel configuration."""
+
+    head_dim: int
+    v_head_dim: int
+    slc_block: int
+    group: int
+    dtype: torch.dtype = torch.bfloat16
+    num_selected: int = 16
+    everywhere: bool = False  # on every target; the other cells only on sm_90, where the tuning is done
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"D={self.head_dim},{self.v_head_dim} B={self.slc_block} G={self.group} N={self.num_selected} {dtype}"
+
+
+# Every head dim class (a power of two, one that is padded, two that differ, the widest), every block size and small,
+# odd and large groups, each at least once; pairs only where both move a tile.
+CELLS = (
+    Cell(128, 128, 64, 4, everywhere=True),
+    Cell(64, 64, 64, 1, everywhere=True),
+    Cell(256, 256, 128, 16, everywhere=True),
+    Cell(192, 128, 64, 16),
+    Cell(80, 80, 16, 5),
+    Cell(128, 128, 128, 1),
+    Cell(128, 128, 16, 64, num_selected=64),
+    Cell(64, 64, 128, 5, num_selected=8),
+    Cell(256, 256, 16, 4),
+    Cell(32, 32, 32, 2),
+    Cell(128, 128, 64, 4, dtype=torch.float16),
+)
+
+
+@dataclass
+class Launch:
+    """One distinct kernel configuration: what the compiler needs, and which cells launch it."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    cells: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def describe(self) -> str:
+        """The constants that tell configurations apart."""
+        names = list(self.signature)
+        sizes = {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+        sizes = {name: value for name, value in sizes.items() if value is not None and not name.islower()}
+        return " ".join([*(f"{name}={value}" for name, value in sizes.items()),
+                         *(f"{name}={self.options[name]}" for name in ("num_warps", "num_stages"))])
+
+
+@dataclass
+class Result:
+    """What the compiler says about a launch."""
+
+    kernel: str
+    config: str
+    cells: list[str]
+    error: str = ""
+    registers: int = 0
+    spilled: int = 0  # bytes of local memory per thread on NVIDIA, spilled registers on AMD
+    shared: int = 0  # bytes
+
+
+def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
+    """Every distinct launch of the cells' operations."""
+    found: dict[str, Launch] = {}
+    backend = make_backend(target.gpu)
+    label = ""
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kwargs["debug"] = False
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, rest = bind(*args, **kwargs)
+        options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, rest)
+        key = repr((kernel.fn.__name__, signature, constexprs, attrs, options.__dict__))
+        launch = found.setdefault(key, Launch(kernel, signature, constexprs, attrs, options.__dict__, []))
+        if label not in launch.cells:
+            launch.cells.append(label)
+
+    # Kernels do not run here, so what they would have written must at least be valid indices: zeros.
+    replaced = [(JITFunction, "run", record), (torch, "empty", torch.zeros), (torch, "empty_like", torch.zeros_like)]
+    for module in kernel_modules():
+        if hasattr(module, "shared_memory"):
+            replaced.append((module, "shared_memory", lambda device: target.shared_memory))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        for cell in cells:
+            label = str(cell)
+            for call in _calls(cell):
+                call()
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+    return list(found.values())
+
+
+def _calls(cell: Cell) -> Iterator[Callable[[], Any]]:
+    """Every kernel-level function of the dispatch table on inputs of a cell, forward and backward."""
+    config = NSAConfig(slc_block=cell.slc_block, num_selected=cell.num_selected)
+    x = make_inputs([200, 0, 121], num_kv_heads=2, group=cell.group, head_dim=cell.head_dim,
+                    v_head_dim=cell.v_head_dim, config=config, dtype=cell.dtype)
+    for operation, implementations in dispatch.TABLE.items():
+        for impl, entry in implementations.items():
+            if entry.is_kernel:
+                yield from _operation(operation, dispatch.load(operation, impl), cell, x)
+
+
+def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[Callable[[], Any]]:
+    plan, rows = x.plan, (x.plan.total_q, x.q.shape[1])
+    function, backward = getattr(module, operation), getattr(module, f"{operation}_bwd", None)
+    o = torch.zeros(*rows, cell.v_head_dim, dtype=cell.dtype)
+    lse = torch.zeros(rows)
+    block_idx = random_selection(plan, x.k.shape[1])
+    scale = {"scale": x.scale}
+    scratch = {**scale, "workspace": WORKSPACE}
+    dlse = lse if cell.group == 1 else None  # with and without a gradient that arrives at lse
+    if operation == "compress":
+        for method in ("mean", "linear", "mlp", "gated"):
+            params = make_compression(method, 2, cell.head_dim, cell.head_dim, plan.config, hidden=cell.head_dim,
+                                      dtype=cell.dtype)
+            y = torch.zeros(plan.total_cmp, 2, cell.head_dim, dtype=cell.dtype)
+            yield lambda p=params, m=method: function(x.k, p, plan, method=m)
+            yield lambda y=y, p=params, m=method: backward(y, x.k, p, plan, method=m)
+    elif operation == "select_blocks":
+        yield lambda: function(x.q, x.k_cmp, lse, plan, **scratch)
+    elif operation == "attend_selected":
+        yield lambda: function(x.q, x.k, x.v, block_idx, plan, **scratch)
+        yield lambda: backward(o, dlse, x.q, x.k, x.v, o, lse, block_idx, plan, **scratch)
+    elif operation == "combine":
+        yield lambda: function(o, o, o, x.gates)
+        yield lambda: backward(o, o, o, o, x.gates)
+    else:
+        k, v = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k_win, x.v_win)
+        yield lambda: function(x.q, k, v, plan, **scale)
+        yield lambda: backward(o, dlse, x.q, k, v, o, lse, plan, **scale)
+
+
+def kernel_modules() -> list[Any]:
+    return [import_module(f"nsattn.kernels.{m.name}") for m in pkgutil.iter_modules(nsattn.kernels.__path__)]
+
+
+def kernel_names() -> set[str]:
+    """Every jit function of the package that is a program of its own: no other jit function calls it."""
+    functions = {f.fn.__name__: f.src for module in kernel_modules() for f in vars(module).values()
+                 if isinstance(f, JITFunction)}
+    programs = (name for name, source in functions.items() if "program_id" in source)
+    return {name for name in programs if sum(f"{name}(" in source for source in functions.values()) == 1}
+
+
+def build(launch: Launch, target: Target) -> Result:
+    """Compile one launch and read its resources."""
+    result = Result(launch.name, launch.describe(), launch.cells)
+    try:
+        source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+        compiled = triton.compile(source, target=target.gpu, options=launch.options)
+    except Exception as e:  # noqa: BLE001  whatever the compiler raises is the result
+        result.error = f"{type(e).__name__}: {str(e)[-300:]}"
+        return result
+    result.shared = compiled.metadata.shared
+    if target.gpu.backend == "cuda":
+        usage = _cuda_resources(compiled.asm["cubin"])
+        result.registers, result.spilled = usage["REG"], max(usage["STACK"], usage["LOCAL"])
+    else:
+        text = compiled.asm["amdgcn"]
+        result.registers = _amd_count(text, "vgpr_count")
+        result.spilled = _amd_count(text, "vgpr_spill_count") + _amd_count(text, "sgpr_spill_count")
+    return result
+
+
+def _cuda_resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _amd_count(text: str, name: str) -> int:
+    return sum(int(value) for value in re.findall(rf"^\s*\.{name}:\s*(\d+)", text, re.MULTILINE))
+
+
+def compile_all(target_name: str, cells: tuple[Cell, ...], jobs: int) -> list[Result]:
+    """Compile the cells for a target. Kernels cannot be pickled, so workers are forked and get an index."""
+    global _work
+    target = TARGETS[target_name]
+    _work = [(launch, target) for launch in launches(target, cells)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        return sorted(pool.map(_build_one, range(len(_work))), key=lambda r: (r.kernel, r.config))
+
+
+_work: list[tuple[Launch, Target]] = []
+
+
+def _build_one(index: int) -> Result:
+    return build(*_work[index])
+
+
+def table(target_name: str, results: list[Result]) -> str:
+    lines = [f"{target_name}: {len(results)} configurations", "",
+             "| kernel | configuration | cells | registers | spilled | shared KiB | |", "|---|---|--:|--:|--:|--:|---|"]
+    for r in results:
+        lines.append(f"| `{r.kernel}` | {r.config} | {len(r.cells)} | {r.registers} | {r.spilled} | "
+                     f"{r.shared / KIB:.0f} | {r.error} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--cells", choices=("tested", "all"), default="all",
+                        help="tested: off sm_90 only the cells that the tests compile on every target")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the results and the kernels nothing launched here")
+    options = parser.parse_args()
+    report = {}
+    for name in options.target or TARGETS:
+        cells = tuple(c for c in CELLS if options.cells == "all" or name == "sm_90" or c.everywhere)
+        report[name] = compile_all(name, cells, options.jobs)
+        sys.stdout.write(table(name, report[name]) + "\n\n")
+    if options.json:
+        launched = {r.kernel for results in report.values() for r in results}
+        options.json.write_text(json.dumps({
+            "results": {name: [asdict(r) for r in results] for name, results in report.items()},
+            "never_launched": sorted(kernel_names() - launched),
+        }))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The public functions: every error message, batched against packed, autocast, odd inputs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import nsattn
+from nsattn import NSAConfig, checks, dispatch
+from nsattn.plan import make_plan
+from nsattn.testing import hostile_selection, make_inputs, random_selection
+
+TINY = NSAConfig(cmp_block=8, cmp_stride=4, slc_block=16, num_selected=4, window=20)
+
+
+def batch(bsz=2, s=40, hq=4, hkv=2, d=16, dv=16, dtype=torch.float32):
+    q, k, v = torch.randn(bsz, s, hq, d), torch.randn(bsz, s, hkv, d), torch.randn(bsz, s, hkv, dv)
+    return q.to(dtype), k.to(dtype), v.to(dtype), torch.rand(bsz, s, hq, 3, dtype=dtype)
+
+
+def packed(**sizes):
+    q, k, v, g = (x[0] for x in batch(1, **sizes))
+    return q, k, v, g, torch.tensor([0, 15, 40], dtype=torch.int32)
+
+
+def attend(q=None, k=None, v=None, gates=None, **options):
+    a, b, c, g = batch()
+    return nsattn.nsa_attention(
+        a if q is None else q, b if k is None else k, c if v is None else v, gates=g if gates is None else gates,
+        **{"config": TINY, **options},
+    )
+
+
+def flat(**options):
+    q, k, v, g, cu = packed()
+    return nsattn.nsa_attention(q, k, v, gates=g, **{"config": TINY, "cu_seqlens": cu, **options})
+
+
+def select(idx=None, **options):
+    q, k, v, _ = batch()
+    if idx is None:
+        idx = torch.zeros(2, 40, 2, 4, dtype=torch.int32)
+    return nsattn.attend_selected(q, k, v, idx, **{"config": TINY, **options})
+
+
+def squeeze(x=None, **options):
+    return nsattn.compress(batch()[1] if x is None else x, **{"config": TINY, **options})
+
+
+def cu(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+ERRORS = [
+    (lambda: attend(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
+    (lambda: attend(q=torch.randn(4, 16)), ValueError, "q must be [T, Hq, D] (packed) or [Bsz, S, Hq, D], got shape (4, 16)"),
+    (lambda: attend(q=torch.ones(2, 40, 4, 16, dtype=torch.int32)), TypeError, "got torch.int32"),
+    (lambda: attend(k=torch.randn(40, 2, 16)), ValueError, "k must be [Bsz, S, Hkv, D] like q"),
+    (lambda: attend(k=batch(dtype=torch.float64)[1]), TypeError, "k must have the dtype of q"),
+    (lambda: attend(k=batch()[1].to("meta")), ValueError, "k must be on the device of q"),
+    (lambda: attend(v=torch.randn(2, 39, 2, 16)), ValueError, "k and v must have the same rows and heads"),
+    (lambda: attend(k=torch.randn(1, 40, 2, 16), v=torch.randn(1, 40, 2, 16)), ValueError, "batch size of q, got 1 and 2"),
+    (lambda: attend(k=torch.randn(2, 40, 2, 32)), ValueError, "head dim of q, got 32 and 16"),
+    (lambda: attend(k=torch.randn(2, 40, 3, 16), v=torch.randn(2, 40, 3, 16)), ValueError, "multiple of KV heads, got 4 and 3"),
+    (lambda: attend(k=torch.randn(2, 40, 0, 16), v=torch.randn(2, 40, 0, 16)), ValueError, "multiple of KV heads, got 4 and 0"),
+    (lambda: attend(gates=torch.rand(2, 40, 4, 2)), ValueError, "gates must be [..., Hq, 3] = (2, 40, 4, 3), got (2, 40, 4, 2)"),
+    (lambda: attend(gates=torch.rand(80, 4, 3)), ValueError, "gates must be [..., Hq, 3] with the leading sizes of q"),
+    (lambda: attend(k_cmp=torch.randn(2, 9, 2, 16)), ValueError, "k_cmp and v_cmp must be given together"),
+    (lambda: attend(k_win=torch.randn(2, 40, 2, 16)), ValueError, "k_win and v_win must be given together"),
+    (lambda: attend(k_cmp=torch.randn(2, 8, 2, 16), v_cmp=torch.randn(2, 8, 2, 16)), ValueError, "k_cmp must have 18 rows"),
+    (lambda: attend(config=3), TypeError, "config must be an NSAConfig, got int"),
+    (lambda: attend(cu_seqlens=cu(0, 80)), ValueError, "cu_seqlens describes packed [T, H, D] input"),
+    (lambda: attend(impl="fast"), ValueError, "impl must be one of auto, reference, triton, kvmajor, qmajor, got 'fast'"),
+    (lambda: attend(workspace=5), ValueError, "workspace must be an int of at least 1 MiB"),
+    (lambda: attend(plan=7), TypeError, "plan must come from nsattn.make_plan, got int"),
+    (lambda: flat(cu_seqlens=None), ValueError, "packed [T, H, D] input needs cu_seqlens"),
+    (lambda: flat(cu_seqlens=cu(0, 40, dtype=torch.int64)), TypeError, "cu_seqlens must be int32, got torch.int64"),
+    (lambda: flat(cu_seqlens=cu(0)), ValueError, "cu_seqlens must have at least 2 entries, got 1"),
+    (lambda: flat(cu_seqlens=cu(0, 40)[None]), ValueError, "cu_seqlens must be int32 [num_sequences + 1]"),
+    (lambda: flat(cu_seqlens=cu(0, 9, 40, 9)[::2]), ValueError, "cu_seqlens must be contiguous"),
+    (lambda: flat(cu_seqlens=cu(0, 40).to("meta")), ValueError, "cu_seqlens must be on the device of the data"),
+    (lambda: flat(cu_seqlens_k=cu(0, 40)), ValueError, "cu_seqlens_k must be as long as cu_seqlens = (3,), got (2,)"),
+    (lambda: flat(max_seqlen=-1), ValueError, "max_seqlen must be an int >= 0, got -1"),
+    (lambda: flat(plan=make_plan(cu(0, 40), 40, config=TINY)), ValueError, "plan already holds the lengths"),
+    (lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 40).to("meta"), 40, config=TINY, max_seqlen=40)), ValueError,
+     "plan must be on the device of the data"),
+    (lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 30), 30, config=TINY)), ValueError, "q must have 30 rows (queries of the plan), got 40"),
+    (lambda: select(torch.zeros(2, 40, 2, 4)), TypeError, "block_idx must be int32, got torch.float32"),
+    (lambda: select(torch.zeros(2, 40, 1, 4, dtype=torch.int32)), ValueError, "block_idx must be (2, 40, 2) + (N,)"),
+    (lambda: select(torch.zeros(2, 40, 2, 65, dtype=torch.int32)), ValueError, "1 to 64 blocks per token, got 65"),
+    (lambda: select(torch.zeros(80, 2, 4, dtype=torch.int32)), ValueError, "block_idx must be int32 [..., Hkv, N]"),
+    (lambda: select(torch.zeros(2, 40, 2, 4, dtype=torch.int32, device="meta")), ValueError, "block_idx must be on the device"),
+    (lambda: squeeze(torch.randn(3)), ValueError, "x must be [T, Hkv, D]"),
+    (lambda: squeeze(method="max"), ValueError, "method must be one of mean, linear, mlp, gated, got 'max'"),
+    (lambda: squeeze(method="linear"), ValueError, "method 'linear' takes 2 parameter tensors, got 0"),
+    (lambda: squeeze(method="linear", params=(torch.zeros(2, 8, 16, 16), torch.zeros(2, 8))), ValueError, "linear parameter bias"),
+    (lambda: squeeze(method="gated", params=(torch.zeros(2, 16), torch.zeros(2, 8, device="meta"))), ValueError,
+     "gated parameter pe must be on the device of x"),
+    (lambda: squeeze(method="mlp", params=(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16, 5), torch.zeros(2, 5),
+                                           torch.zeros(2, 5, 16), torch.zeros(2, 15))), ValueError, "mlp parameter b2"),
+    (lambda: NSAConfig(cmp_block=True), TypeError, "cmp_block must be an int, got True"),
+    (lambda: NSAConfig(window=0), ValueError, "window must be at least 1, got 0"),
+    (lambda: NSAConfig(cmp_block=30), ValueError, "cmp_block must be a multiple of cmp_stride, got 30 and 16"),
+    (lambda: NSAConfig(cmp_block=24, cmp_stride=24), ValueError, "slc_block must be a multiple of cmp_stride"),
+    (lambda: NSAConfig(slc_block=48), ValueError, "slc_block must be 16, 32, 64 or 128, got 48"),
+    (lambda: NSAConfig(num_selected=65), ValueError, "num_selected must be at most 64, got 65"),
+    (lambda: NSAConfig(num_selected=2), ValueError, "init_blocks + local_blocks must be at most num_selected, got 1 + 2 > 2"),
+    (lambda: nsattn.NSAttention(64, 3, 2), ValueError, "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
+    (lambda: nsattn.NSAttention(15, 3, 1), ValueError, "head_dim must be even for rotary embedding, got 5"),
+    (lambda: nsattn.NSAttention(64, 4, 2, compression="max"), ValueError, "compression must be one of"),
+    (lambda: nsattn.NSAttention(64, 4, 2)(torch.randn(64)), ValueError, "x must be [T, dim] (packed) or [Bsz, S, dim]"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
+def test_errors_say_what_was_got_and_what_to_do(call, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        call()
+
+
+def shape(**changes):
+    sizes = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "group": 4, "max_blocks": 1024}
+    return dispatch.Shape(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("impl", "changes", "kind", "text"),
+    [
+        ("auto", {"head_dim": 72}, ValueError, "head dim D must be one of"),
+        ("auto", {"v_head_dim": 512}, ValueError, "value head dim Dv must be one of"),
+        ("kvmajor", {"group": 65}, ValueError, "query heads per KV head must be at most 64, got 65"),
+        ("qmajor", {"dtype": torch.float32}, NotImplementedError, "needs torch.bfloat16 or torch.float16, got torch.float32"),
+        ("triton", {"device": "xla"}, NotImplementedError, "needs a GPU, got tensors on 'xla'"),
+        ("mojo", {}, ValueError, "impl must be one of"),
+    ],
+)
+def test_dispatch_refuses_with_the_reason(impl, changes, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        dispatch.resolve("attend_selected", impl, shape(**changes))
+
+
+def test_dispatch_choices():
+    assert dispatch.resolve("attend_selected", "auto", shape()) == "kvmajor"
+    assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
+    assert dispatch.resolve("attend_selected", "qmajor", shape()) == "qmajor"
+    assert dispatch.resolve("attend_window", "kvmajor", shape()) == "triton"
+    assert dispatch.resolve("attend_window", "auto", shape(dtype=torch.float32)) == "reference"
+    assert dispatch.resolve("attend_window", "auto", shape(device="cpu")) == "reference"
+    with pytest.raises(ValueError, match="at most 16384, got 20000"):
+        dispatch.resolve("select_blocks", "auto", shape(max_blocks=20000))
+    chosen = {name: text for name, text in dispatch.why("attend_selected", "auto", shape())}
+    assert chosen["kvmajor"] == "chosen" and "groups 17 to 64" in chosen["qmajor"]
+
+
+def test_kernels_by_name_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    q, k, v, g = batch(d=32, dv=32)
+    with pytest.raises(NotImplementedError, match="needs a GPU, got tensors on 'cpu'"):
+        nsattn.nsa_attention(q, k, v, gates=g, config=TINY, impl="kvmajor")
+
+
+def test_batched_is_packed_is_one_by_one():
+    q, k, v, g = batch(3, 33)
+    o = nsattn.nsa_attention(q, k, v, gates=g, config=TINY, return_lse=True)
+    assert o.o.shape == (3, 33, 4, 16) and o.lse_cmp.shape == (3, 33, 4) and o.block_idx.shape == (3, 33, 2, 4)
+    lengths = torch.arange(4, dtype=torch.int32) * 33
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    p = nsattn.nsa_attention(*flat, gates=g.flatten(0, 1), config=TINY, cu_seqlens=lengths)
+    assert torch.equal(p.view_as(o.o), o.o)
+    for i in range(3):
+        single = nsattn.nsa_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], gates=g[i : i + 1], config=TINY)
+        torch.testing.assert_close(single[0], o.o[i])
+
+
+def test_fewer_queries_than_keys_are_the_last_rows():
+    q, k, v, g = batch(2, 60)
+    whole = nsattn.nsa_attention(q, k, v, gates=g, config=TINY)
+    last = nsattn.nsa_attention(q[:, -7:], k, v, gates=g[:, -7:], config=TINY)
+    torch.testing.assert_close(last, whole[:, -7:])
+
+
+def test_own_keys_for_each_branch():
+    q, k, v, g = batch(1, 40)
+    one_hot = torch.zeros_like(g)
+    one_hot[..., 2] = 1
+    k_win, v_win = torch.randn_like(k), torch.randn_like(v)
+    o = nsattn.nsa_attention(q, k, v, gates=one_hot, k_win=k_win, v_win=v_win, config=TINY)
+    torch.testing.assert_close(o, nsattn.attend_window(q, k_win, v_win, config=TINY))
+    one_hot = one_hot.roll(-2, dims=-1)
+    k_cmp, v_cmp = nsattn.compress(k_win, config=TINY), nsattn.compress(v_win, config=TINY)
+    o = nsattn.nsa_attention(q, k, v, gates=one_hot, k_cmp=k_cmp, v_cmp=v_cmp, config=TINY)
+    torch.testing.assert_close(o, nsattn.attend_compressed(q, k_cmp, v_cmp, config=TINY))
+
+
+def test_given_selection_is_used():
+    q, k, v, g = batch(1, 40)
+    first = nsattn.nsa_attention(q, k, v, gates=g, config=TINY, return_lse=True)
+    again = nsattn.nsa_attention(q, k, v, gates=g, config=TINY, block_idx=first.block_idx)
+    assert torch.equal(first.o, again)
+    other = torch.full_like(first.block_idx, -1)
+    other[..., 0] = 0
+    assert not torch.equal(first.o, nsattn.nsa_attention(q, k, v, gates=g, config=TINY, block_idx=other))
+
+
+def test_autocast_casts_the_inputs():
+    q, k, v, g = batch(1, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = nsattn.nsa_attention(q, k, v, gates=g, config=TINY)
+        assert o.dtype == torch.bfloat16
+        assert nsattn.NSAttention(32, 4, 2, config=TINY)(torch.randn(1, 40, 32)).dtype == torch.bfloat16
+
+
+def test_check_selection_names_the_first_bad_entry():
+    x = make_inputs((40, 30), num_kv_heads=2, config=TINY)
+    good = random_selection(x.plan, 2)
+    checks.check_selection(good, x.plan)
+    twice, future = good.clone(), good.clone()
+    twice[39, 1] = torch.tensor([0, 1, 1, 2])
+    future[45, 0] = torch.tensor([0, 2, -1, -1])
+    with pytest.raises(ValueError, match=re.escape("block_idx[39, 1, 2] = 1 occurs twice")):
+        nsattn.check_selection(twice, x.plan)
+    with pytest.raises(ValueError, match=re.escape("block_idx[45, 0, 1] = 2 is outside 0..0 and not -1")):
+        nsattn.check_selection(future, x.plan)
+    with pytest.raises(ValueError, match="block_idx"):
+        nsattn.check_selection(hostile_selection(x.plan, 2), x.plan)
+
+
+@pytest.mark.parametrize("compression", ["mean", "linear", "mlp", "gated"])
+@pytest.mark.parametrize("separate_kv", [False, True])
+def test_module_trains_every_parameter(compression, separate_kv):
+    """Also where no compressed block exists: distributed training wants a gradient for every parameter."""
+    layer = nsattn.NSAttention(32, 4, 2, config=TINY, compression=compression, separate_kv=separate_kv)
+    for length in (40, 3):
+        layer.zero_grad()
+        layer(torch.randn(2, length, 32)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_module_packed_is_batched():
+    layer = nsattn.NSAttention(32, 4, 2, config=TINY)
+    x = torch.randn(2, 40, 32)
+    y, idx = layer(x, return_selection=True)
+    cu_seqlens = torch.tensor([0, 40, 80], dtype=torch.int32)
+    torch.testing.assert_close(layer(x.flatten(0, 1), cu_seqlens=cu_seqlens), y.flatten(0, 1))
+    assert idx.shape == (80, 2, 4) and idx.dtype == torch.int32
+
+
+def test_checkpointing_changes_no_bit():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = nsattn.NSAttention(32, 4, 2, config=TINY)
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    results = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        layer.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y.detach(), *(p.grad.clone() for p in layer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

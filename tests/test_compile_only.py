@@ -1,0 +1,51 @@
+"""Every kernel configuration that ships compiles for four GPUs without one: nothing spills, shared memory suffices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# (target, kernel): (most that may spill, why). NVIDIA: bytes of local memory per thread; AMD: registers. An entry that
+# is no longer needed fails the test.
+ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@pytest.mark.timeout(900)  # a few hundred compilations
+@pytest.mark.parametrize("target", ("sm_90", "sm_80", "sm_100", "gfx942"))
+def test_compiles_without_spills(target, tmp_path):
+    report = tmp_path / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    jobs = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
+    command = [sys.executable, "-m", "tests.compile_only", "--target", target, "--cells", "tested",
+               "--jobs", str(jobs), "--json", str(report)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads(report.read_text())
+    results = content["results"][target]
+    assert content["never_launched"] == []
+
+    problems, used = [], set()
+    for r in results:
+        where = f"{r['kernel']} ({r['config']}), for {r['cells'][0]}"
+        key = (target, r["kernel"])
+        if r["error"]:
+            problems.append(f"{where}: {r['error']}")
+        elif r["shared"] > SHARED_MEMORY[target]:
+            problems.append(f"{where}: {r['shared']} bytes of shared memory, {SHARED_MEMORY[target]} exist")
+        elif r["spilled"] and key in ALLOWED:
+            used.add(key)
+            if r["spilled"] > ALLOWED[key][0]:
+                problems.append(f"{where}: spills {r['spilled']}, at most {ALLOWED[key][0]} are allowed")
+        elif r["spilled"]:
+            problems.append(f"{where}: spills {r['spilled']} with {r['registers']} registers")
+    stale = {key for key in ALLOWED if key[0] == target} - used
+    problems += [f"{key}: allowed to spill, but does not" for key in sorted(stale)]
+    assert not problems, "\n".join([f"{len(problems)} of {len(results)} configurations:", *problems])

@@ -1,0 +1,97 @@
+"""The error rule itself: it passes rounding and fails everything else."""
+
+import pytest
+import torch
+
+from nsattn.testing import assert_close, compare, compare_selections, make_inputs, random_selection
+
+LOW = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _golden():
+    return torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounding_passes(dtype):
+    golden = _golden()
+    low = golden.to(dtype)
+    assert compare(low, golden, low).ok
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_one_wrong_element_fails(dtype):
+    golden = _golden()
+    low, wrong = golden.to(dtype), golden.to(dtype)
+    wrong[3, 5] += 0.1
+    assert not compare(wrong, golden, low).ok
+    with pytest.raises(AssertionError, match=r"o \(64, 32\)"):
+        assert_close(wrong, golden, low, "o")
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_small_error_everywhere_fails(dtype):
+    """Within twice the largest error of a bad low-precision run, but the RMS limit holds."""
+    golden = _golden()
+    low = golden.to(dtype)
+    low[0, 0] += 1.0
+    assert not compare((golden * 1.02).to(dtype), golden, low).ok
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_nan_and_infinity_fail(value):
+    golden = _golden()
+    low, wrong = golden.float(), golden.float()
+    wrong[1, 1] = value
+    assert not compare(wrong, golden, low).ok
+    assert not compare(low, wrong.double(), low).ok
+    assert not compare(low, golden, wrong).ok
+
+
+def test_lse_of_rows_that_see_nothing():
+    golden = _golden()
+    golden[:2] = float("-inf")
+    assert compare(golden.float(), golden, golden.float()).ok
+    wrong = golden.float()
+    wrong[0, 0] = -1e30
+    assert not compare(wrong, golden, golden.float()).ok
+
+
+def test_shapes():
+    golden = _golden()
+    assert not compare(golden[:1].float(), golden, golden.float()).ok
+    assert compare(golden[:0].float(), golden[:0], golden[:0].float()).ok
+
+
+def test_zero_but_for_rounding():
+    golden = torch.full((8,), 1e-17, dtype=torch.float64)
+    zero = torch.zeros(8)
+    assert compare(zero + 1e-9, golden, zero).ok
+    assert not compare(zero + 1e-3, golden, zero).ok
+
+
+def test_compare_selections():
+    want = torch.tensor([[[0, 2, 5]], [[0, 1, -1]]], dtype=torch.int32)
+    scores = torch.tensor([1.0, 0.5, 0.5, 0.498, 0.3, 0.9]).expand(2, 1, 6)
+    assert compare_selections(want, want, scores).ok
+
+    def with_first_row(*row):
+        got = want.clone()
+        got[0, 0] = torch.tensor(row)
+        return got
+
+    near, far = with_first_row(0, 3, 5), with_first_row(0, 4, 5)
+    assert compare_selections(near, want, scores).ok
+    assert compare_selections(near, want, scores).different == 1
+    assert not compare_selections(near, want).ok
+    assert not compare_selections(far, want, scores).ok
+    for bad in ((0, 5, 2), (0, 5, -1), (0, 5, 5), (0, 5, 6), (-2, 2, 5), (0, -1, 5)):
+        assert not compare_selections(with_first_row(*bad), want, scores).ok, bad
+
+
+def test_random_selection_is_seeded_and_random():
+    plan = make_inputs([3000]).plan
+    first, again, other = (random_selection(plan, 2, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first[2999].unique()) > 16
