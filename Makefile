@@ -20,6 +20,7 @@ lint: $(READY)
 
 # The constraints hold for what is installed and, through the environment, for the build backend.
 $(READY): pyproject.toml constraints.txt
+	@echo 'Setting up $(VENV): a few minutes the first time.'
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Where the time of one forward and backward goes, kernel by kernel: python benchmarks/profile_step.py [T] [Hq] [Hkv]."""
+"""Where the time of a forward and backward goes, kernel by kernel: python benchmarks/profile_step.py [T] [Hq] [Hkv]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import nsattn
 
 def main() -> None:
     T, Hq, Hkv = (int(x) for x in (*sys.argv[1:], *("65536", "32", "8")[len(sys.argv) - 1 :]))
-    q, k, v = (torch.randn(1, T, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (Hq, Hkv, Hkv))
+    q, k, v = (
+        torch.randn(1, T, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (Hq, Hkv, Hkv)
+    )
     gates = torch.rand(1, T, Hq, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step() -> None:

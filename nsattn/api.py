@@ -244,7 +244,7 @@ def select_blocks(
 
     Numerics: scores in float32; the choice is exact for them, deterministic, and never stores a [T, T/d] matrix.
 
-    Source: arXiv 2502.11089 section 3.3.2 (the sign of n in its Eq 9 is a slip: blocks before j*B/d overlap too).
+    Source: arXiv 2502.11089 section 3.3.2 (the sign of m in its Eq 9 is a slip: it would leave block j).
     """
     q, k_cmp = _autocast(q, k_cmp)
     checks.check_queries(q)
@@ -421,8 +421,8 @@ def _plan(
             cu_seqlens, max_seqlen = uniform_cu_seqlens(q.shape[0], q.shape[1], q.device), q.shape[1]
             if k is not None and k.shape[1] != q.shape[1]:
                 cu_seqlens_k, max_seqlen_k = uniform_cu_seqlens(k.shape[0], k.shape[1], k.device), k.shape[1]
-        else:
-            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+        assert cu_seqlens is not None, "check_lengths asks packed input for it"
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q)
         if cu_seqlens_k is not None:
             checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
             checks.check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "as long as cu_seqlens")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class Work:
     who: str
     op: str
     impl: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]  # returns one tensor
     leaves: tuple[Tensor, ...]
     flops: float
     backward: bool = True
@@ -73,7 +74,11 @@ class Work:
 
 
 def run(
-    lengths: Sequence[int], heads: Sequence[tuple[int, ...]], *, out: str, echo: Callable[[str], None],
+    lengths: Sequence[int],
+    heads: Sequence[tuple[int, ...]],
+    *,
+    out: str,
+    echo: Callable[[str], None],
     head_dim: int = 128,
 ) -> list[Row]:
     """Time everything for one sequence of each length and each pair of head counts; write JSON to `out`."""
@@ -115,7 +120,9 @@ def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
     q, k, v = normal(T, Hq, D), normal(T, Hkv, D), normal(T, Hkv, D)
     o = [normal(T, Hq, D) for _ in range(3)]
     gates = torch.rand(T, Hq, 3, generator=generator, device=device, dtype=dtype).requires_grad_()
-    linear = tuple(p.requires_grad_() for p in make_compression("linear", Hkv, D, D, config, dtype=dtype, device=device))
+    linear = tuple(
+        p.requires_grad_() for p in make_compression("linear", Hkv, D, D, config, dtype=dtype, device=device)
+    )
     with torch.no_grad():
         k_cmp, v_cmp = (nsattn.compress(x, plan=plan) for x in (k, v))
         lse_cmp = nsattn.attend_compressed(q, k_cmp, v_cmp, plan=plan, return_lse=True)[1]
@@ -127,27 +134,65 @@ def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
     pairs = 4 * Hq * D  # FLOPs of a (query, key) pair forward, all heads
     tail = _tail(q, k, v, k_cmp, v_cmp, selection, plan)
     works = [
-        Work("nsattn", "compress", "triton", lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan),
-             (k, *linear), 2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv),
-        Work("nsattn", "attend_compressed", "triton", lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
-             (q, k_cmp, v_cmp), pairs * visible / config.cmp_stride, golden=tail("attend_compressed")),
-        Work("nsattn", "select_blocks", "triton", lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
-             (q, k_cmp), pairs / 2 * visible / config.cmp_stride, backward=False),
+        Work(
+            "nsattn",
+            "compress",
+            "triton",
+            lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan),
+            (k, *linear),
+            2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv,
+        ),
+        Work(
+            "nsattn",
+            "attend_compressed",
+            "triton",
+            lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
+            (q, k_cmp, v_cmp),
+            pairs * visible / config.cmp_stride,
+            golden=tail("attend_compressed"),
+        ),
+        Work(
+            "nsattn",
+            "select_blocks",
+            "triton",
+            lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
+            (q, k_cmp),
+            pairs / 2 * visible / config.cmp_stride,
+            backward=False,
+        ),
     ]
     impls = [name for name, cell in dispatch.TABLE["attend_selected"].items() if cell.is_kernel]
     works += [
-        Work("nsattn", "attend_selected", impl,
-             lambda q, k, v, impl=impl: nsattn.attend_selected(q, k, v, selection, plan=plan, impl=impl),
-             (q, k, v), pairs * T * min(T / 2, config.num_selected * config.slc_block), golden=tail("attend_selected"))
+        Work(
+            "nsattn",
+            "attend_selected",
+            impl,
+            lambda q, k, v, impl=impl: nsattn.attend_selected(q, k, v, selection, plan=plan, impl=impl),
+            (q, k, v),
+            pairs * T * min(T / 2, config.num_selected * config.slc_block),
+            golden=tail("attend_selected"),
+        )
         for impl in (impls if device == "cuda" else ["reference"])
     ]
     works += [
-        Work("nsattn", "attend_window", "triton", lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
-             (q, k, v), pairs * T * min(T / 2, config.window), golden=tail("attend_window")),
+        Work(
+            "nsattn",
+            "attend_window",
+            "triton",
+            lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
+            (q, k, v),
+            pairs * T * min(T / 2, config.window),
+            golden=tail("attend_window"),
+        ),
         Work("nsattn", "combine", "triton", nsattn.combine, (*o, gates), 6 * T * Hq * D),
-        Work("nsattn", "nsa_attention", "auto",
-             lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan), (q, k, v, gates),
-             pairs * (1.5 * visible / config.cmp_stride + T * (config.num_selected * config.slc_block + config.window))),
+        Work(
+            "nsattn",
+            "nsa_attention",
+            "auto",
+            lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan),
+            (q, k, v, gates),
+            pairs * (1.5 * visible / config.cmp_stride + T * (config.num_selected * config.slc_block + config.window)),
+        ),
         _dense(q, k, v, pairs * visible),
     ]
     return works
@@ -171,8 +216,15 @@ def _tail(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, selecti
     """The reference on the last query rows alone: as cached keys with a few queries, at a cost linear in T."""
     rows = min(CHECKED_ROWS, plan.total_q)
     few = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
-    last = make_plan(few, rows, config=plan.config, max_seqlen=rows, cu_seqlens_k=plan.cu_k, total_k=plan.total_k,
-                     max_seqlen_k=plan.max_k)
+    last = make_plan(
+        few,
+        rows,
+        config=plan.config,
+        max_seqlen=rows,
+        cu_seqlens_k=plan.cu_k,
+        total_k=plan.total_k,
+        max_seqlen_k=plan.max_k,
+    )
     scale = q.shape[-1] ** -0.5
 
     def of(operation: str) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -209,14 +261,39 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
     if work.backward:
         dy = torch.randn_like(y)
         calls.append(
-            ("backward", lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True),
-             (2.5 if "attend" in work.op or work.op in ("nsa_attention", "dense causal") else 2) * work.flops, 2 * moved)
+            (
+                "backward",
+                lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True),
+                (2.5 if "attend" in work.op or work.op in ("nsa_attention", "dense causal") else 2) * work.flops,
+                2 * moved,
+            )
         )
     for direction, call, flops, size in calls:
         ms, p20, p80, peak = _measure(call, device, no_grad=direction == "forward")
         floor = max(flops / PEAK_FLOPS, size / PEAK_BYTES) * 1e3
-        rows.append(Row(work.who, work.op, work.impl, T, Hq, Hkv, D, D, config.slc_block, config.num_selected, selection,
-                        direction, ms, p20, p80, floor, peak / 2**30, ok, commit()))
+        rows.append(
+            Row(
+                work.who,
+                work.op,
+                work.impl,
+                T,
+                Hq,
+                Hkv,
+                D,
+                D,
+                config.slc_block,
+                config.num_selected,
+                selection,
+                direction,
+                ms,
+                p20,
+                p80,
+                floor,
+                peak / 2**30,
+                ok,
+                commit(),
+            )
+        )
     return rows
 
 
@@ -241,8 +318,8 @@ def _measure(call: Callable[[], object], device: str, *, no_grad: bool) -> tuple
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         time.sleep(PAUSE)
-        ms, p20, p80 = triton.testing.do_bench(call, warmup=5, rep=20, quantiles=[0.5, 0.2, 0.8])
-        return ms, p20, p80, peak
+        times: Any = triton.testing.do_bench(call, warmup=5, rep=20, quantiles=[0.5, 0.2, 0.8])
+        return times[0], times[1], times[2], peak
 
 
 def _save(rows: list[Row], out: str) -> None:

@@ -39,9 +39,13 @@ def check_same(**tensors: Tensor | None) -> None:
     (first, head), *rest = given.items()
     for name, x in rest:
         if x.dtype != head.dtype:
-            raise TypeError(f"{name} must have the dtype of {first}, got {x.dtype} and {head.dtype}. Convert one of them.")
+            raise TypeError(
+                f"{name} must have the dtype of {first}, got {x.dtype} and {head.dtype}. Convert one of them."
+            )
         if x.device != head.device:
-            raise ValueError(f"{name} must be on the device of {first}, got {x.device} and {head.device}. Move one of them.")
+            raise ValueError(
+                f"{name} must be on the device of {first}, got {x.device} and {head.device}. Move one of them."
+            )
 
 
 def check_queries(q: Tensor) -> None:
@@ -95,9 +99,13 @@ def check_lengths(x: Tensor, cu: Tensor | None, plan: Plan | None, max_seqlen: i
     if plan is not None and (cu is not None or max_seqlen is not None):
         raise ValueError("plan already holds the lengths: got plan and cu_seqlens or max_seqlen. Pass one of the two.")
     if plan is not None and plan.cu_q.device != x.device:
-        raise ValueError(f"plan must be on the device of the data, got {plan.cu_q.device} and {x.device}. Make one there.")
+        raise ValueError(
+            f"plan must be on the device of the data, got {plan.cu_q.device} and {x.device}. Make one there."
+        )
     if x.dim() == 4 and cu is not None:
-        raise ValueError("cu_seqlens describes packed [T, H, D] input, got 4 dimensions. Flatten the batch or drop cu_seqlens.")
+        raise ValueError(
+            "cu_seqlens describes packed [T, H, D] input, got 4 dimensions. Flatten the batch or drop cu_seqlens."
+        )
     if x.dim() == 3 and cu is None and plan is None:
         raise ValueError("packed [T, H, D] input needs cu_seqlens (or plan). One sequence: cu_seqlens=[0, T], int32.")
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 0):
@@ -106,7 +114,9 @@ def check_lengths(x: Tensor, cu: Tensor | None, plan: Plan | None, max_seqlen: i
 
 def check_rows(name: str, x: Tensor, rows: int, axis: str) -> None:
     if x.shape[0] != rows:
-        raise ValueError(f"{name} must have {rows} rows ({axis} of the plan), got {x.shape[0]}. Use the plan of this batch.")
+        raise ValueError(
+            f"{name} must have {rows} rows ({axis} of the plan), got {x.shape[0]}. Use the plan of this batch."
+        )
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], what: str) -> None:
@@ -120,9 +130,13 @@ def check_block_idx(block_idx: Tensor, q: Tensor, num_kv_heads: int) -> None:
         raise TypeError(f"block_idx must be int32, got {block_idx.dtype}. Use block_idx.to(torch.int32).")
     want = (*q.shape[:-2], num_kv_heads)
     if tuple(block_idx.shape[:-1]) != want:
-        raise ValueError(f"block_idx must be {want} + (N,), got {tuple(block_idx.shape)}. One list per token and KV head.")
+        raise ValueError(
+            f"block_idx must be {want} + (N,), got {tuple(block_idx.shape)}. One list per token and KV head."
+        )
     if not 1 <= block_idx.shape[-1] <= 64:
-        raise ValueError(f"block_idx must hold 1 to 64 blocks per token, got {block_idx.shape[-1]}. Select fewer blocks.")
+        raise ValueError(
+            f"block_idx must hold 1 to 64 blocks per token, got {block_idx.shape[-1]}. Select fewer blocks."
+        )
     if block_idx.device != q.device:
         raise ValueError(f"block_idx must be on the device of q, got {block_idx.device} and {q.device}. Move it.")
 
@@ -132,7 +146,9 @@ def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if len(params) != METHODS[method]:
-        raise ValueError(f"method {method!r} takes {METHODS[method]} parameter tensors, got {len(params)}. See nsattn.compress.")
+        raise ValueError(
+            f"method {method!r} takes {METHODS[method]} parameter tensors, got {len(params)}. See nsattn.compress."
+        )
     heads, dim, l = x.shape[-2], x.shape[-1], config.cmp_block
     shapes: list[tuple[str, tuple[int, ...]]] = []
     if method == "linear":
@@ -140,19 +156,28 @@ def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config
         shapes = [("weight", (heads, l, dim, out)), ("bias", (heads, out))]
     elif method == "mlp":
         hidden, out = params[1].shape[-1], params[3].shape[-1]
-        shapes = [("pe", (heads, l, dim)), ("w1", (heads, l, dim, hidden)), ("b1", (heads, hidden)),
-                  ("w2", (heads, hidden, out)), ("b2", (heads, out))]
+        shapes = [
+            ("pe", (heads, l, dim)),
+            ("w1", (heads, l, dim, hidden)),
+            ("b1", (heads, hidden)),
+            ("w2", (heads, hidden, out)),
+            ("b2", (heads, out)),
+        ]
     elif method == "gated":
         shapes = [("weight", (heads, dim)), ("pe", (heads, l))]
     for (name, shape), p in zip(shapes, params, strict=True):
         check_shape(f"{method} parameter {name}", p, shape, "[Hkv, ...]")
         if p.device != x.device:
-            raise ValueError(f"{method} parameter {name} must be on the device of x, got {p.device} and {x.device}. Move it.")
+            raise ValueError(
+                f"{method} parameter {name} must be on the device of x, got {p.device} and {x.device}. Move it."
+            )
 
 
 def check_workspace(workspace: int) -> None:
     if not isinstance(workspace, int) or workspace < 1 << 20:
-        raise ValueError(f"workspace must be an int of at least 1 MiB (1048576 bytes), got {workspace!r}. Default: 1 GiB.")
+        raise ValueError(
+            f"workspace must be an int of at least 1 MiB (1048576 bytes), got {workspace!r}. Default: 1 GiB."
+        )
 
 
 def check_selection(block_idx: Tensor, plan: Plan) -> None:
@@ -182,7 +207,9 @@ def check_selection(block_idx: Tensor, plan: Plan) -> None:
     bad = (outside | again).nonzero()
     if len(bad):
         row, head, slot = bad[0].tolist()
-        reason = "occurs twice" if bool(again[row, head, slot]) else f"is outside 0..{int(current[row, 0, 0])} and not -1"
+        reason = (
+            "occurs twice" if bool(again[row, head, slot]) else f"is outside 0..{int(current[row, 0, 0])} and not -1"
+        )
         raise ValueError(
             f"block_idx[{row}, {head}, {slot}] = {int(block[row, head, slot])} {reason}. Kernels ignore such entries; "
             "unused slots hold -1."

@@ -153,7 +153,8 @@ def why(operation: str, impl: str, shape: Shape) -> list[tuple[str, str]]:
     for name, cell in TABLE[operation].items():
         machine, limits = unmet(cell, shape)
         verdict = "; ".join(machine + limits) or (
-            "would work" if _prefers(cell, shape) or not cell.is_kernel
+            "would work"
+            if _prefers(cell, shape) or not cell.is_kernel
             else f"would work, chosen automatically for groups {cell.auto_groups[0]} to {cell.auto_groups[1]}"
         )
         rows.append((name, "chosen" if name == chosen else verdict))
@@ -167,7 +168,8 @@ def load(operation: str, impl: str) -> ModuleType:
 
 def support_table() -> str:
     """The README's support table, in markdown."""
-    lines = ["| operation | `impl` | how | head dims D, Dv | query heads per KV head | dtypes |", "|---|---|---|---|---|---|"]
+    lines = ["| operation | `impl` | how | head dims D, Dv | query heads per KV head | dtypes |"]
+    lines.append("|---|---|---|---|---|---|")
     for operation, cells in TABLE.items():
         for name, cell in cells.items():
             dims, group, dtypes = "any", "any", "any float"

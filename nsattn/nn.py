@@ -48,16 +48,18 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for p in self.parameters():
+        params = dict(self.named_parameters())
+        for p in params.values():
             p.zero_()
         if self.method == "linear":
-            l, dim = self.weight.shape[1:3]
-            self.weight.add_(torch.eye(dim, device=self.weight.device, dtype=self.weight.dtype) / l)
+            weight = params["weight"]
+            l, dim = weight.shape[1:3]
+            weight.add_(torch.eye(dim, device=weight.device, dtype=weight.dtype) / l)
         elif self.method == "mlp":
-            l, dim, hidden = self.w1.shape[1:]
-            self.pe.normal_(std=0.02)
-            self.w1.normal_(std=1 / math.sqrt(l * dim))
-            self.w2.normal_(std=1 / math.sqrt(hidden))
+            l, dim, hidden = params["w1"].shape[1:]
+            params["pe"].normal_(std=0.02)
+            params["w1"].normal_(std=1 / math.sqrt(l * dim))
+            params["w2"].normal_(std=1 / math.sqrt(hidden))
 
     def forward(self, x: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
         """x packed `[total_k, Hkv, D]` -> `[total_cmp, Hkv, D]`."""
@@ -84,8 +86,8 @@ class NSAttention(nn.Module):
     at one half each. Keys are compressed before they are rotated; compressed keys are rotated at the position of their
     first token.
 
-    Shapes: `forward(x)` takes `[Bsz, S, dim]`, or packed `[T, dim]` with `cu_seqlens` (int32 `[n + 1]`) or a `plan`, and
-    returns the same shape.
+    Shapes: `forward(x)` takes `[Bsz, S, dim]`, or packed `[T, dim]` with `cu_seqlens` (int32 `[n + 1]`) or a `plan`,
+    and returns the same shape.
 
     Raises:
         ValueError: sizes that do not fit, or that the kernels do not support.
@@ -166,6 +168,7 @@ class NSAttention(nn.Module):
             q, k_slc, v_slc, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win, plan=plan,
             return_lse=True, impl=self.impl,
         )
+        assert isinstance(out, api.NSAOutput)
         y = self.o_proj(out.o.flatten(1)).view(*x.shape[:-1], -1)
         return (y, out.block_idx) if return_selection else y
 
@@ -176,8 +179,8 @@ class NSAttention(nn.Module):
             return plan
         if x.dim() == 3:
             cu_seqlens, max_seqlen = uniform_cu_seqlens(x.shape[0], x.shape[1], x.device), x.shape[1]
-        else:
-            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, x)
+        assert cu_seqlens is not None, "check_lengths asks packed input for it"
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, x)
         return make_plan(cu_seqlens, x.flatten(0, -2).shape[0], config=self.config, max_seqlen=max_seqlen)
 
 

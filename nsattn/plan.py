@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     @staticmethod
     def unpack(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
         """Inverse of `pack`."""
-        return Plan(*tensors, *sizes[:6], NSAConfig(*(int(size) for size in sizes[6:])))
+        return Plan._make([*tensors, *sizes[:6], NSAConfig(*(int(size) for size in sizes[6:]))])
 
     @property
     def num_seqs(self) -> int:
@@ -138,7 +138,7 @@ def uniform_cu_seqlens(num_seqs: int, length: int, device: torch.device) -> Tens
 def rows_of(cu: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Sequence and index inside the sequence of every packed row: two int64 `[total]`; slack rows get sequence n."""
     row = torch.arange(total, device=cu.device)
-    seq = torch.searchsorted(cu[1:].long(), row, right=True)
+    seq = torch.searchsorted(cu.long(), row, right=True) - 1  # of all of cu: inductor cannot search a slice
     start = torch.cat([cu.long(), cu.new_zeros(1, dtype=torch.int64)])[seq]
     return seq, row - start
 
@@ -173,6 +173,6 @@ def _tile_table(lengths: Tensor, total: int) -> Tensor:
     n = lengths.shape[0]
     cu = cumulative((lengths + TILE - 1) // TILE)
     tile = torch.arange(total // TILE + n, device=lengths.device, dtype=torch.int32)
-    seq = torch.searchsorted(cu[1:], tile, right=True)
+    seq = torch.searchsorted(cu, tile, right=True) - 1
     first = (tile - torch.cat([cu, cu.new_zeros(1)])[seq]) * TILE
     return torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=1)

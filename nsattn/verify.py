@@ -105,13 +105,13 @@ def interpreter_cases() -> list[Case]:
         replace(base, name="small workspace", lengths=(130,), workspace=1 << 14, axis="workspace"),
         replace(base, name="G=5, two KV heads", lengths=(40, 33), num_kv_heads=2, group=5, axis="G"),
         replace(base, name="D=80 Dv=16", lengths=(33,), head_dim=80, v_head_dim=16, axis="D"),
-        replace(base, name="D=16 Dv=32", lengths=(70,), head_dim=16, v_head_dim=32, axis="D"),
+        replace(base, name="l=16 d=4, nothing forced", lengths=(70,), axis="cmp",
+                config=NSAConfig(16, 4, 16, 2, 500, 0, 0)),
         replace(base, name="B=128", lengths=(150,), axis="B",
                 config=replace(tiny, slc_block=128, num_selected=1, local_blocks=0)),
         replace(base, name="B=32 l=16 d=16", lengths=(100,), config=NSAConfig(16, 16, 32, 3, 1, 0, 1), axis="cmp"),
         replace(base, name="w=500", lengths=(70,), config=replace(tiny, window=500), axis="w"),
         replace(base, name="N=1", config=replace(tiny, num_selected=1, init_blocks=0, local_blocks=1), axis="B"),
-        replace(base, name="l=16 d=4, nothing forced", lengths=(70,), config=NSAConfig(16, 4, 16, 2, 500, 0, 0), axis="cmp"),
     ]
 
 
@@ -135,7 +135,7 @@ def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str
 def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], dict[str, Tensor]]:
     """A function that runs an operation through autograd and returns its outputs and gradients by name."""
     selection = (hostile_selection if case.hostile else random_selection)(x.plan, case.num_kv_heads)
-    options = {"scale": x.scale}
+    options: dict[str, float] = {"scale": x.scale}
 
     def run(x: Inputs, impl: str) -> dict[str, Tensor]:
         if operation == "combine":
@@ -143,16 +143,15 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
             leaves = {name: t.clone().requires_grad_() for name, t in
                       (("o_cmp", x.q[..., :o_dim]), ("o_slc", x.q[..., -o_dim:]), ("o_win", x.q[..., :o_dim] * 0.5))}
             leaves["gates"] = x.gates.clone().requires_grad_()
-            outputs = {"o": branches.combine(*leaves.values(), impl=impl)}
+            o_cmp, o_slc, o_win, gates = leaves.values()
+            outputs = {"o": branches.combine(o_cmp, o_slc, o_win, gates, impl=impl)}
         else:
             keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
             leaves = {n: t.clone().requires_grad_() for n, t in zip("qkv", (x.q, *keys), strict=True)}
             if operation == "attend_selected":
-                o, lse = branches.attend_selected(
-                    *leaves.values(), selection, x.plan, impl=impl, workspace=case.workspace, **options
-                )
-            else:
-                o, lse = getattr(branches, operation)(*leaves.values(), x.plan, impl=impl, **options)
+                options["workspace"] = case.workspace
+            extra = (selection,) if operation == "attend_selected" else ()
+            o, lse = getattr(branches, operation)(*leaves.values(), *extra, x.plan, impl=impl, **options)
             outputs = {"o": o, "lse": lse}
         return _with_gradients(outputs, leaves)
 
@@ -193,8 +192,10 @@ def _with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> di
         weight = torch.randn(y.shape, generator=generator).to(y.device).to(leaves[next(iter(leaves))].dtype).to(y.dtype)
         loss = loss + (torch.where(y.isfinite(), y, 0) * weight).double().sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    named = {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), gradients, strict=True)}
-    return {n: y.detach() for n, y in outputs.items()} | named
+    results = {name: y.detach() for name, y in outputs.items()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        results[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
 
 
 def _judge(x: Inputs, run: Callable[[Inputs, str], dict[str, Tensor]], impl: str, dtype: torch.dtype) -> list[Result]:
@@ -254,5 +255,5 @@ def run(*, quick: bool, echo: Callable[[str], None]) -> bool:
 def _verify(cell: Cell) -> tuple[list[Result], str]:
     try:
         return check(cell.operation, cell.impl, cell.case, cell.dtype, cell.device), ""
-    except Exception as error:  # a kernel that crashes is a failed cell, not the end of the report
+    except Exception as error:  # noqa: BLE001, a kernel that crashes is a failed cell, not the end of the report
         return [], f"{type(error).__name__}: {str(error)[:300]}"

@@ -28,7 +28,10 @@ def packed(**sizes):
 def attend(q=None, k=None, v=None, gates=None, **options):
     a, b, c, g = batch()
     return nsattn.nsa_attention(
-        a if q is None else q, b if k is None else k, c if v is None else v, gates=g if gates is None else gates,
+        a if q is None else q,
+        b if k is None else k,
+        c if v is None else v,
+        gates=g if gates is None else gates,
         **{"config": TINY, **options},
     )
 
@@ -55,24 +58,52 @@ def cu(*values, dtype=torch.int32):
 
 ERRORS = [
     (lambda: attend(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
-    (lambda: attend(q=torch.randn(4, 16)), ValueError, "q must be [T, Hq, D] (packed) or [Bsz, S, Hq, D], got shape (4, 16)"),
+    (
+        lambda: attend(q=torch.randn(4, 16)),
+        ValueError,
+        "q must be [T, Hq, D] (packed) or [Bsz, S, Hq, D], got shape (4, 16)",
+    ),
     (lambda: attend(q=torch.ones(2, 40, 4, 16, dtype=torch.int32)), TypeError, "got torch.int32"),
     (lambda: attend(k=torch.randn(40, 2, 16)), ValueError, "k must be [Bsz, S, Hkv, D] like q"),
     (lambda: attend(k=batch(dtype=torch.float64)[1]), TypeError, "k must have the dtype of q"),
     (lambda: attend(k=batch()[1].to("meta")), ValueError, "k must be on the device of q"),
     (lambda: attend(v=torch.randn(2, 39, 2, 16)), ValueError, "k and v must have the same rows and heads"),
-    (lambda: attend(k=torch.randn(1, 40, 2, 16), v=torch.randn(1, 40, 2, 16)), ValueError, "batch size of q, got 1 and 2"),
+    (
+        lambda: attend(k=torch.randn(1, 40, 2, 16), v=torch.randn(1, 40, 2, 16)),
+        ValueError,
+        "batch size of q, got 1 and 2",
+    ),
     (lambda: attend(k=torch.randn(2, 40, 2, 32)), ValueError, "head dim of q, got 32 and 16"),
-    (lambda: attend(k=torch.randn(2, 40, 3, 16), v=torch.randn(2, 40, 3, 16)), ValueError, "multiple of KV heads, got 4 and 3"),
-    (lambda: attend(k=torch.randn(2, 40, 0, 16), v=torch.randn(2, 40, 0, 16)), ValueError, "multiple of KV heads, got 4 and 0"),
-    (lambda: attend(gates=torch.rand(2, 40, 4, 2)), ValueError, "gates must be [..., Hq, 3] = (2, 40, 4, 3), got (2, 40, 4, 2)"),
+    (
+        lambda: attend(k=torch.randn(2, 40, 3, 16), v=torch.randn(2, 40, 3, 16)),
+        ValueError,
+        "multiple of KV heads, got 4 and 3",
+    ),
+    (
+        lambda: attend(k=torch.randn(2, 40, 0, 16), v=torch.randn(2, 40, 0, 16)),
+        ValueError,
+        "multiple of KV heads, got 4 and 0",
+    ),
+    (
+        lambda: attend(gates=torch.rand(2, 40, 4, 2)),
+        ValueError,
+        "gates must be [..., Hq, 3] = (2, 40, 4, 3), got (2, 40, 4, 2)",
+    ),
     (lambda: attend(gates=torch.rand(80, 4, 3)), ValueError, "gates must be [..., Hq, 3] with the leading sizes of q"),
     (lambda: attend(k_cmp=torch.randn(2, 9, 2, 16)), ValueError, "k_cmp and v_cmp must be given together"),
     (lambda: attend(k_win=torch.randn(2, 40, 2, 16)), ValueError, "k_win and v_win must be given together"),
-    (lambda: attend(k_cmp=torch.randn(2, 8, 2, 16), v_cmp=torch.randn(2, 8, 2, 16)), ValueError, "k_cmp must have 18 rows"),
+    (
+        lambda: attend(k_cmp=torch.randn(2, 8, 2, 16), v_cmp=torch.randn(2, 8, 2, 16)),
+        ValueError,
+        "k_cmp must have 18 rows",
+    ),
     (lambda: attend(config=3), TypeError, "config must be an NSAConfig, got int"),
     (lambda: attend(cu_seqlens=cu(0, 80)), ValueError, "cu_seqlens describes packed [T, H, D] input"),
-    (lambda: attend(impl="fast"), ValueError, "impl must be one of auto, reference, triton, kvmajor, qmajor, got 'fast'"),
+    (
+        lambda: attend(impl="fast"),
+        ValueError,
+        "impl must be one of auto, reference, triton, kvmajor, qmajor, got 'fast'",
+    ),
     (lambda: attend(workspace=5), ValueError, "workspace must be an int of at least 1 MiB"),
     (lambda: attend(plan=7), TypeError, "plan must come from nsattn.make_plan, got int"),
     (lambda: flat(cu_seqlens=None), ValueError, "packed [T, H, D] input needs cu_seqlens"),
@@ -84,29 +115,63 @@ ERRORS = [
     (lambda: flat(cu_seqlens_k=cu(0, 40)), ValueError, "cu_seqlens_k must be as long as cu_seqlens = (3,), got (2,)"),
     (lambda: flat(max_seqlen=-1), ValueError, "max_seqlen must be an int >= 0, got -1"),
     (lambda: flat(plan=make_plan(cu(0, 40), 40, config=TINY)), ValueError, "plan already holds the lengths"),
-    (lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 40).to("meta"), 40, config=TINY, max_seqlen=40)), ValueError,
-     "plan must be on the device of the data"),
-    (lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 30), 30, config=TINY)), ValueError, "q must have 30 rows (queries of the plan), got 40"),
+    (
+        lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 40).to("meta"), 40, config=TINY, max_seqlen=40)),
+        ValueError,
+        "plan must be on the device of the data",
+    ),
+    (
+        lambda: flat(cu_seqlens=None, plan=make_plan(cu(0, 30), 30, config=TINY)),
+        ValueError,
+        "q must have 30 rows (queries of the plan), got 40",
+    ),
     (lambda: select(torch.zeros(2, 40, 2, 4)), TypeError, "block_idx must be int32, got torch.float32"),
     (lambda: select(torch.zeros(2, 40, 1, 4, dtype=torch.int32)), ValueError, "block_idx must be (2, 40, 2) + (N,)"),
     (lambda: select(torch.zeros(2, 40, 2, 65, dtype=torch.int32)), ValueError, "1 to 64 blocks per token, got 65"),
     (lambda: select(torch.zeros(80, 2, 4, dtype=torch.int32)), ValueError, "block_idx must be int32 [..., Hkv, N]"),
-    (lambda: select(torch.zeros(2, 40, 2, 4, dtype=torch.int32, device="meta")), ValueError, "block_idx must be on the device"),
+    (
+        lambda: select(torch.zeros(2, 40, 2, 4, dtype=torch.int32, device="meta")),
+        ValueError,
+        "block_idx must be on the device",
+    ),
     (lambda: squeeze(torch.randn(3)), ValueError, "x must be [T, Hkv, D]"),
     (lambda: squeeze(method="max"), ValueError, "method must be one of mean, linear, mlp, gated, got 'max'"),
     (lambda: squeeze(method="linear"), ValueError, "method 'linear' takes 2 parameter tensors, got 0"),
-    (lambda: squeeze(method="linear", params=(torch.zeros(2, 8, 16, 16), torch.zeros(2, 8))), ValueError, "linear parameter bias"),
-    (lambda: squeeze(method="gated", params=(torch.zeros(2, 16), torch.zeros(2, 8, device="meta"))), ValueError,
-     "gated parameter pe must be on the device of x"),
-    (lambda: squeeze(method="mlp", params=(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16, 5), torch.zeros(2, 5),
-                                           torch.zeros(2, 5, 16), torch.zeros(2, 15))), ValueError, "mlp parameter b2"),
+    (
+        lambda: squeeze(method="linear", params=(torch.zeros(2, 8, 16, 16), torch.zeros(2, 8))),
+        ValueError,
+        "linear parameter bias",
+    ),
+    (
+        lambda: squeeze(method="gated", params=(torch.zeros(2, 16), torch.zeros(2, 8, device="meta"))),
+        ValueError,
+        "gated parameter pe must be on the device of x",
+    ),
+    (
+        lambda: squeeze(
+            method="mlp",
+            params=(
+                torch.zeros(2, 8, 16),
+                torch.zeros(2, 8, 16, 5),
+                torch.zeros(2, 5),
+                torch.zeros(2, 5, 16),
+                torch.zeros(2, 15),
+            ),
+        ),
+        ValueError,
+        "mlp parameter b2",
+    ),
     (lambda: NSAConfig(cmp_block=True), TypeError, "cmp_block must be an int, got True"),
     (lambda: NSAConfig(window=0), ValueError, "window must be at least 1, got 0"),
     (lambda: NSAConfig(cmp_block=30), ValueError, "cmp_block must be a multiple of cmp_stride, got 30 and 16"),
     (lambda: NSAConfig(cmp_block=24, cmp_stride=24), ValueError, "slc_block must be a multiple of cmp_stride"),
     (lambda: NSAConfig(slc_block=48), ValueError, "slc_block must be 16, 32, 64 or 128, got 48"),
     (lambda: NSAConfig(num_selected=65), ValueError, "num_selected must be at most 64, got 65"),
-    (lambda: NSAConfig(num_selected=2), ValueError, "init_blocks + local_blocks must be at most num_selected, got 1 + 2 > 2"),
+    (
+        lambda: NSAConfig(num_selected=2),
+        ValueError,
+        "init_blocks + local_blocks must be at most num_selected, got 1 + 2 > 2",
+    ),
     (lambda: nsattn.NSAttention(64, 3, 2), ValueError, "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
     (lambda: nsattn.NSAttention(15, 3, 1), ValueError, "head_dim must be even for rotary embedding, got 5"),
     (lambda: nsattn.NSAttention(64, 4, 2, compression="max"), ValueError, "compression must be one of"),
@@ -121,7 +186,14 @@ def test_errors_say_what_was_got_and_what_to_do(call, kind, text):
 
 
 def shape(**changes):
-    sizes = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "group": 4, "max_blocks": 1024}
+    sizes = {
+        "device": "cuda",
+        "dtype": torch.bfloat16,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "group": 4,
+        "max_blocks": 1024,
+    }
     return dispatch.Shape(**{**sizes, **changes})
 
 
@@ -131,7 +203,12 @@ def shape(**changes):
         ("auto", {"head_dim": 72}, ValueError, "head dim D must be one of"),
         ("auto", {"v_head_dim": 512}, ValueError, "value head dim Dv must be one of"),
         ("kvmajor", {"group": 65}, ValueError, "query heads per KV head must be at most 64, got 65"),
-        ("qmajor", {"dtype": torch.float32}, NotImplementedError, "needs torch.bfloat16 or torch.float16, got torch.float32"),
+        (
+            "qmajor",
+            {"dtype": torch.float32},
+            NotImplementedError,
+            "needs torch.bfloat16 or torch.float16, got torch.float32",
+        ),
         ("triton", {"device": "xla"}, NotImplementedError, "needs a GPU, got tensors on 'xla'"),
         ("mojo", {}, ValueError, "impl must be one of"),
     ],

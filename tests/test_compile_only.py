@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# (target, kernel): (most that may spill, why). NVIDIA: bytes of local memory per thread; AMD: registers. An entry that
-# is no longer needed fails the test.
+# (target, kernel): (most that may spill, why). NVIDIA: bytes of local memory per thread; AMD: vector registers.
+# An entry that is no longer needed fails the test.
 ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

@@ -1,14 +1,15 @@
-"""Attention to a contiguous range of keys: the kernels of attend_compressed (Eq 8) and attend_window (section 3.3.3).
+"""Attention to a range of keys: the kernels of attend_compressed (Eq 8) and attend_window (section 3.3.3).
 
-One visibility rule serves both. Key i ends at position e(i) = i * STRIDE + SPAN - 1 of its sequence, and the query at
-position t sees it iff t - window < e(i) <= t. Raw keys have STRIDE = SPAN = 1; compressed keys have STRIDE = d,
-SPAN = l and an unlimited window. So a query sees a range of keys, a key is seen by a range of queries, and a tile
-visits the range that any of its rows needs, cut into tiles that need the mask (the edges) and tiles that do not.
+One visibility rule serves both. Key i ends at position e(i) = i * STRIDE + SPAN - 1 of its sequence, and the
+query at position t sees it iff t - window < e(i) <= t. Raw keys have STRIDE = SPAN = 1; compressed keys have
+STRIDE = d, SPAN = l and an unlimited window. So a query sees a range of keys, a key is seen by a range of
+queries, and a tile visits the range that any of its rows needs, cut into tiles that need the mask (the edges)
+and tiles that do not.
 
-Forward and dQ: one program per (query tile, query head); the query tile and its accumulators stay on chip, keys and
-values stream by. dK and dV: one program per (key tile, KV head); the key tile and both accumulators stay on chip,
-queries and output gradients of all heads of the group stream by. Nothing is shared between programs: no atomics, and
-every result repeats bit for bit. Sums are float32 (float64 for float64 inputs).
+Forward and dQ: one program per (query tile, query head); the query tile and its accumulators stay on chip,
+keys and values stream by. dK and dV: one program per (key tile, KV head); the key tile and both accumulators
+stay on chip, queries and output gradients of all heads of the group stream by. Nothing is shared between
+programs: no atomics, and every result repeats bit for bit. Sums are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Keys(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Launch knobs of one kernel: rows of the tile that stays, rows of the tiles that stream by, warps, stages."""
+    """Launch knobs of a kernel: rows of the tile that stays and of those that stream by, warps, stages."""
 
     stay: int
     stream: int
@@ -59,16 +60,16 @@ class Shape(NamedTuple):
 
 
 def launch_shapes(q: Tensor, v: Tensor) -> tuple[Shape, Shape, Shape]:
-    """Shapes of the forward, dQ and dK/dV kernels: for each the first that fits the shared memory of the chip.
+    """Shapes of the forward, dQ and dK/dV kernels: for each the first that fits the shared memory.
 
-    64 rows and one warp group fill the matrix unit of Hopper, and two or three such programs share a multiprocessor
-    and hide each other's waits. What bends that is the register file: accumulators of 256 columns need two warp
-    groups, and dK with dV leave room for 32 queries at a time (64 spill inside the loop), beyond 128 columns only if
-    they are 32 keys each.
+    64 rows and one warp group fill the matrix unit of Hopper, and two or three such programs share a
+    multiprocessor and hide each other's waits. What bends that is the register file: accumulators of 256
+    columns need two warp groups, and dK with dV leave room for 32 queries at a time (64 spill inside the
+    loop), beyond 128 columns only if they are 32 keys each.
     """
     BD, BDV = next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1])
     if q.element_size() > 2:
-        forward = dq = dkv = (Shape(32, 32, 4, 1), Shape(16, 16, 4, 1))
+        forward = dq = dkv = (Shape(32, 32, 8, 1), Shape(16, 16, 4, 1))
     else:
         forward = (
             (Shape(64, 64, 4, 3), Shape(64, 64, 4, 2), Shape(64, 32, 4, 1)) if max(BD, BDV) <= 128
@@ -88,8 +89,8 @@ def launch_shapes(q: Tensor, v: Tensor) -> tuple[Shape, Shape, Shape]:
 
     def first_fit(shapes: tuple[Shape, ...], stays: int, streams: int, scores: int) -> Shape:
         for shape in shapes:
-            need = shape.stay * stays + shape.stream * shape.stages * streams + shape.stay * shape.stream * scores
-            if size * need + 2048 <= limit:
+            tiles = shape.stay * stays + shape.stream * shape.stages * streams
+            if size * (tiles + shape.stay * shape.stream * scores) + 2048 <= limit:
                 break
         return shape
 
@@ -112,7 +113,7 @@ def _ended(t, STRIDE: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _cut(lo, hi, full_lo, full_hi, STEP: tl.constexpr):
-    """Cut the range [lo, hi) into steps of STEP rows, those inside [full_lo, full_hi) apart: they need no mask.
+    """Cut the range [lo, hi) into steps of STEP rows; those inside [full_lo, full_hi) need no mask.
 
     Returns steps before, first row and number of the steps without mask, steps before and after together.
     """
@@ -141,7 +142,7 @@ def _clear_slack(P, CU, i_t, i_h, num_heads, num_seqs, total, value, ROWS: tl.co
                  BCOLS: tl.constexpr):
     """Write `value` to the i_t-th run of ROWS packed rows as far as they belong to no sequence.
 
-    Tile tables have at least total / ROWS entries, so the programs of a launch reach all slack rows between them.
+    Tile tables have at least total / ROWS entries, so the programs of a launch reach all of these rows.
     """
     end = tl.load(CU + num_seqs)
     o_r = i_t.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -153,17 +154,18 @@ def _clear_slack(P, CU, i_t, i_h, num_heads, num_seqs, total, value, ROWS: tl.co
 
 @triton.jit
 def _key_range(t0, t1, window, STRIDE: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
-    """Keys that queries at positions t0 .. t1 see, cut into steps: see `_cut`. First the start of the range."""
+    """Keys that queries at positions t0 .. t1 see: the first one, then their steps as `_cut` gives them."""
     lo, hi = _ended(t0 - window, STRIDE, SPAN), _ended(t1, STRIDE, SPAN)
-    before, first, count, edges = _cut(lo, hi, _ended(t1 - window, STRIDE, SPAN), _ended(t0, STRIDE, SPAN), BN)
+    full_lo, full_hi = _ended(t1 - window, STRIDE, SPAN), _ended(t0, STRIDE, SPAN)
+    before, first, count, edges = _cut(lo, hi, full_lo, full_hi, BN)
     return lo, before, first, count, edges
 
 
 @triton.jit
 def _fwd_step(
     m, l, acc, b_q, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr,
 ):
     """Online softmax over BN keys from row i_n."""
     o_n = i_n + tl.arange(0, BN)
@@ -180,10 +182,10 @@ def _fwd_step(
 def _dense_fwd_kernel(
     Q, K, V, TILES, CU_Q, CU_K, CU_KEYS, O, LSE, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
     num_heads, num_seqs, total, window, scale,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """Output and lse of BM queries of one head: online softmax over the keys they see (Eq 8 and section 3.3.3)."""
+    """Output and lse of BM queries of one head: online softmax over the keys they see (Eq 8; 3.3.3)."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     i = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most compressed keys: they start first
     i_t, i_h = i // num_heads, i % num_heads
@@ -212,7 +214,8 @@ def _dense_fwd_kernel(
         m, l, acc = _fwd_step(m, l, acc, b_q, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
                               D, DVAL, BD, BDV, BN, STRIDE, SPAN, True)
     for j in range(count):
-        m, l, acc = _fwd_step(m, l, acc, b_q, p_k, p_v, t, first + j * BN, len_keys, sk_t, sv_t, window, scale2,
+        i_n = first + j * BN
+        m, l, acc = _fwd_step(m, l, acc, b_q, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
                               D, DVAL, BD, BDV, BN, STRIDE, SPAN, False)
     o, lse = softmax_finish(m, l, acc)
     o_r = (start_q + o_m) * num_heads + i_h
@@ -220,7 +223,9 @@ def _dense_fwd_kernel(
     tl.store(LSE + o_r, lse, mask=o_m < len_q)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float
+) -> tuple[Tensor, Tensor]:
     """Output `[T, Hq, Dv]` and natural lse `[T, Hq]` of attention to `keys`."""
     (T, Hq, D), (Hkv, Dv) = q.shape, v.shape[1:]
     o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
@@ -232,8 +237,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: f
         q, k, v, plan.q_tiles, plan.cu_q, plan.cu_k, keys.cu, o, lse,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         Hq, plan.num_seqs, T, min(keys.window, UNLIMITED), scale,
-        D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=Hq // Hkv, STRIDE=keys.stride, SPAN=keys.span,
-        BM=BM, BN=BN, num_warps=warps, num_stages=stages,
+        D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=Hq // Hkv,
+        STRIDE=keys.stride, SPAN=keys.span, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
     )
     return o, lse
 
@@ -246,8 +251,8 @@ def _num_tiles(tiles: Tensor, rows: int) -> int:
 @triton.jit
 def _dq_step(
     acc, b_q, b_do, lse2, delta, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr,
 ):
     """Add the part of BN keys from row i_n to dQ / scale."""
     o_n = i_n + tl.arange(0, BN)
@@ -265,10 +270,10 @@ def _dq_step(
 def _dense_dq_kernel(
     Q, K, V, DO, LSE, DELTA, TILES, CU_Q, CU_K, CU_KEYS, DQ, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
     num_heads, num_seqs, total, window, scale,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """dQ of BM queries of one head: scale * sum over the keys they see of ds * k, ds = p * (do . v - delta)."""
+    """dQ of BM queries of a head: scale * sum of ds * k over the keys they see, ds = p * (do . v - delta)."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     i_t, i_h = i // num_heads, i % num_heads
@@ -299,18 +304,19 @@ def _dense_dq_kernel(
         acc = _dq_step(acc, b_q, b_do, lse2, delta, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
                        D, DVAL, BD, BDV, BN, STRIDE, SPAN, True)
     for j in range(count):
-        acc = _dq_step(acc, b_q, b_do, lse2, delta, p_k, p_v, t, first + j * BN, len_keys, sk_t, sv_t, window, scale2,
+        i_n = first + j * BN
+        acc = _dq_step(acc, b_q, b_do, lse2, delta, p_k, p_v, t, i_n, len_keys, sk_t, sv_t, window, scale2,
                        D, DVAL, BD, BDV, BN, STRIDE, SPAN, False)
     store_rows(DQ, acc * scale, o_r, tl.arange(0, BD), D, m_m, D)
 
 
 @triton.jit
 def _dkv_step(
-    dk, dv, b_k, b_v, p_q, DO, LSE, DELTA, i_n, i_m, i_h, start_q, len_q, shift, sq_t, num_heads, window, scale2,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STRIDE: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr,
+    dk, dv, b_k, b_v, p_q, DO, LSE, DELTA, i_n, i_m, i_h, start_q, len_q, shift, sq_t, num_heads,
+    window, scale2, D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr,
 ):
-    """Add the part of BM queries from row i_m of head i_h to dK / scale and dV. Scores are kept as [keys, queries]."""
+    """Add the part of BM queries of head i_h from row i_m to dK / scale and dV. Scores: [keys, queries]."""
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < len_q
     o_r = (start_q + o_m) * num_heads + i_h
@@ -335,15 +341,16 @@ def _dkv_step(
 def _dense_dkv_kernel(
     Q, K, V, DO, LSE, DELTA, TILES, CU_Q, CU_K, CU_KEYS, DK, DV, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
     num_kv_heads, num_seqs, total, window, scale,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """dK, dV of BN keys of one KV head: scale * sum of ds * q, and sum of p * do, over the queries that see them.
+    """dK, dV of BN keys of one KV head: scale * sum of ds * q, sum of p * do, over the queries that see them.
 
     The G heads of the group alternate in one loop, so that the queries of a token are read together.
     """
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
-    i_t, i_kv = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads  # early keys have most queries
+    # Early compressed keys have most queries: they start first.
+    i_t, i_kv = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     _clear_slack(DK, CU_KEYS, i_t, i_kv, num_kv_heads, num_seqs, total, 0.0, BN, D, BD)
     _clear_slack(DV, CU_KEYS, i_t, i_kv, num_kv_heads, num_seqs, total, 0.0, BN, DVAL, BDV)
     i_s, i_n = _tile_entry(TILES, i_t, BN)
@@ -383,8 +390,8 @@ def _dense_dkv_kernel(
 
 
 def backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, keys: Keys,
-    *, scale: float,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan,
+    keys: Keys, *, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k, v."""
     (T, Hq, D), (total, Hkv, Dv) = q.shape, v.shape

@@ -229,11 +229,13 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
         tiles = [(128, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)]
     else:
         tiles = [(64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)]
-    for BM, BK, warps, stages in tiles:
-        BK = min(B, BK)
-        if size * ((BM * stages + BK) * (BD + BDV) + 2 * BM * BK) + 2048 <= shared_memory(q.device):
-            break
-    return BM, BK, warps, stages
+    tiles = [(BM, min(B, BK), warps, stages) for BM, BK, warps, stages in tiles]
+    limit = shared_memory(q.device) - 2048
+
+    def fits(BM: int, BK: int, warps: int, stages: int) -> bool:
+        return size * ((BM * stages + BK) * (BD + BDV) + 2 * BM * BK) <= limit
+
+    return next((tile for tile in tiles if fits(*tile)), tiles[-1])
 
 
 @triton.jit

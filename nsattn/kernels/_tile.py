@@ -74,10 +74,15 @@ def lse_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one program may use: 227 KiB on sm_90 and sm_100, 163 on sm_80, 64 on gfx942."""
+    """Bytes of shared memory to plan a program's tiles with: 227 KiB on sm_90, 163 on sm_80, 64 on gfx942.
+
+    From sm_100 on, where there are 227 KiB too, Triton keeps copies of operands beside the tiles: plan with 160.
+    """
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    exists = properties.shared_memory_per_block_optin
+    return min(exists, 160 * 1024) if torch.version.cuda and properties.major >= 10 else exists
 
 
 @triton.jit

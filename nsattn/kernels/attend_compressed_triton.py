@@ -1,4 +1,4 @@
-"""attend_compressed, Eq 8: o_t = softmax(scale * q_t . k_i) v_i over compressed blocks i with i * d + l - 1 <= t.
+"""attend_compressed, Eq 8: o_t = softmax(scale * q_t . k_i) v_i over blocks i with i * d + l - 1 <= t.
 
 The kernels are in `_dense`.
 """
@@ -16,14 +16,16 @@ def _keys(plan: Plan) -> _dense.Keys:
     return _dense.Keys(plan.cu_cmp, plan.cmp_tiles, stride=d, span=l, window=_dense.UNLIMITED)
 
 
-def attend_compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_compressed(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
     """Eq 8. See `nsattn.attend_compressed`."""
     return _dense.forward(q, k_cmp, v_cmp, plan, _keys(plan), scale=scale)
 
 
 def attend_compressed_bwd(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, o: Tensor, lse: Tensor, plan: Plan, *,
-    scale: float,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, o: Tensor, lse: Tensor,
+    plan: Plan, *, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
     return _dense.backward(do, dlse, q, k_cmp, v_cmp, o, lse, plan, _keys(plan), scale=scale)

@@ -35,7 +35,12 @@ from nsattn.plan import Plan
 
 ROWS_PER_ITEM = 1024  # 16 tiles a program: long enough to pay for loading K and V, short enough to balance
 L2_ROWS = 32768  # query rows (tokens x G) of one token range: their 8 MB at D = 128 stay in the L2 cache
-MERGE_ROWS = 8
+
+
+def merge_rows(width: int) -> int:
+    """Rows that one program adds up: 1024 accumulators, and N gathers of a row in flight."""
+    return max(1, 1024 // width)
+
 
 
 def forward_tile(D: int, Dv: int, B: int, element_size: int) -> tuple[int, int, int]:
@@ -86,7 +91,7 @@ def _partial_kernel(
 @triton.jit
 def _merge_kernel(
     OP, LSEP, INVERSE, O, LSE, row0, num_rows, heads, head0, num_heads,
-    DVAL: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BR: tl.constexpr,
+    DVAL: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BR: tl.constexpr,
 ):
     """Output and lse of BR rows (token, head): their N partials weighed by exp2(lse_i - lse) (Eq 11, 12)."""
     ACC: tl.constexpr = LSEP.dtype.element_ty
@@ -96,19 +101,21 @@ def _merge_kernel(
     p_inv = INVERSE + (token * heads + head // G) * N
     o_v = tl.arange(0, BDV)
     m = tl.full([BR], -float("inf"), ACC)
-    for i in tl.static_range(N):
-        place = tl.load(p_inv + i, mask=m_row, other=-1).to(tl.int64)
-        m = tl.maximum(m, tl.load(LSEP + place * G + head % G, mask=place >= 0, other=-float("inf")))
+    for i in range(0, N, UNROLL):
+        for j in tl.static_range(UNROLL):
+            place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
+            m = tl.maximum(m, tl.load(LSEP + place * G + head % G, mask=place >= 0, other=-float("inf")))
     m_ref = tl.where(m == -float("inf"), 0.0, m)
     l = tl.zeros([BR], ACC)
     acc = tl.zeros([BR, BDV], ACC)
-    for i in tl.static_range(N):
-        place = tl.load(p_inv + i, mask=m_row, other=-1).to(tl.int64)
-        partial = place * G + head % G
-        w = tl.exp2(tl.load(LSEP + partial, mask=place >= 0, other=-float("inf")) - m_ref)
-        l += w
-        acc += w[:, None] * tl.load(OP + (partial * DVAL)[:, None] + o_v[None, :],
-                                    mask=(place >= 0)[:, None] & (o_v < DVAL)[None, :], other=0.0)
+    for i in range(0, N, UNROLL):
+        for j in tl.static_range(UNROLL):
+            place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
+            partial = place * G + head % G
+            w = tl.exp2(tl.load(LSEP + partial, mask=place >= 0, other=-float("inf")) - m_ref)
+            l += w
+            acc += w[:, None] * tl.load(OP + (partial * DVAL)[:, None] + o_v[None, :],
+                                        mask=(place >= 0)[:, None] & (o_v < DVAL)[None, :], other=0.0)
     some = l > 0
     l = tl.where(some, l, 1.0)
     out = (row0 + token) * num_heads + head0 * G + head
@@ -140,9 +147,10 @@ def attend_selected(
             D=D, DVAL=Dv, BD=BD, BDV=BDV, G=G, B=B, BM=BM, num_warps=warps, num_stages=stages,
         )
         num_rows = chunk.rows * chunk.heads * G
-        _merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+        BR = merge_rows(BDV)
+        _merge_kernel[(triton.cdiv(num_rows, BR),)](
             partials, partial_lse, lists.inverse, o, lse, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
-            DVAL=Dv, BDV=BDV, G=G, N=N, BR=MERGE_ROWS, num_warps=4 if BDV > 128 else 2,
+            DVAL=Dv, BDV=BDV, G=G, N=N, UNROLL=min(N, 16), BR=BR, num_warps=2,
         )
     return o, lse
 
@@ -150,7 +158,8 @@ def attend_selected(
 @triton.jit
 def _sum_dq_kernel(
     DQP, INVERSE, DQ, row0, num_rows, heads, head0, num_heads,
-    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, SUBS: tl.constexpr, BR: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, SUBS: tl.constexpr, UNROLL: tl.constexpr,
+    BR: tl.constexpr,
 ):
     """dQ of BR rows (token, head): the sum of their partials, slot by slot, in float32."""
     ACC: tl.constexpr = tl.float64 if DQP.dtype.element_ty == tl.float64 else tl.float32
@@ -159,12 +168,14 @@ def _sum_dq_kernel(
     token, head = i_row // (heads * G), i_row % (heads * G)
     o_d = tl.arange(0, BD)
     acc = tl.zeros([BR, BD], ACC)
-    for i in tl.static_range(N):
-        place = tl.load(INVERSE + (token * heads + head // G) * N + i, mask=m_row, other=-1).to(tl.int64)
-        m = (place >= 0)[:, None] & (o_d < D)[None, :]
-        for j in range(SUBS):
-            p = DQP + (((place * G + head % G) * SUBS + j) * D)[:, None] + o_d[None, :]
-            acc += tl.load(p, mask=m, other=0.0).to(ACC)
+    p_inv = INVERSE + (token * heads + head // G) * N
+    for i in range(0, N, UNROLL):
+        for j in tl.static_range(UNROLL):
+            place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
+            m = (place >= 0)[:, None] & (o_d < D)[None, :]
+            for i_sub in range(SUBS):
+                p = DQP + (((place * G + head % G) * SUBS + i_sub) * D)[:, None] + o_d[None, :]
+                acc += tl.load(p, mask=m, other=0.0).to(ACC)
     out = (row0 + token) * num_heads + head0 * G + head
     tl.store(DQ + (out * D)[:, None] + o_d[None, :], acc.to(DQ.dtype.element_ty),
              mask=m_row[:, None] & (o_d < D)[None, :])
@@ -175,16 +186,19 @@ def attend_selected_bwd(
     plan: Plan, *, scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_selected` with respect to q, k, v."""
-    (T, Hq, D), (Hkv, Dv), N = q.shape, v.shape[1:], block_idx.shape[-1]
-    G, B = Hq // Hkv, plan.config.slc_block
+    (T, Hq, D), N = q.shape, block_idx.shape[-1]
+    G, B = Hq // k.shape[1], plan.config.slc_block
     BK = gradient_tile(q, v, B)[1]
     dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
 
+    BD = next_power_of_2(D)
+    BR = merge_rows(BD)
+
     def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
         num_rows = chunk.rows * chunk.heads * G
-        _sum_dq_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+        _sum_dq_kernel[(triton.cdiv(num_rows, BR),)](
             partials, lists.inverse, dq, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
-            D=D, BD=next_power_of_2(D), G=G, N=N, SUBS=B // BK, BR=MERGE_ROWS, num_warps=4 if D > 128 else 2,
+            D=D, BD=BD, G=G, N=N, SUBS=B // BK, UNROLL=min(N, 16), BR=BR, num_warps=2,
         )
 
     delta = row_delta(o, do, dlse)

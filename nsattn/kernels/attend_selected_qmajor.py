@@ -1,10 +1,12 @@
 """attend_selected, query-major: the schedule of the NSA paper (arXiv 2502.11089, section 3.4) for Eq 11, 12.
 
-One program per (query token, KV head). Its rows are the G query heads of the group, padded to at least 16; it walks the
-slots of `block_idx` and reads every selected block, so traffic does not depend on G and large groups suit it best.
+One program per (query token, KV head). Its rows are the G query heads of the group, padded to at least 16; it
+walks the slots of `block_idx` and reads every selected block, so traffic does not depend on G and large
+groups suit it best.
 
-Forward: online softmax over the blocks; accumulators, maximum and sum are float32. Backward: dQ by the same walk; dK and
-dV need the tokens of each block and come from `_lists.selected_dkv`. No atomics: everything repeats bit for bit.
+Forward: online softmax over the blocks; accumulators, maximum and sum are float32. Backward: dQ by the same
+walk; dK and dV need the tokens of each block and come from `_lists.selected_dkv`. No atomics: everything
+repeats bit for bit.
 
 `block_idx` means a set: unused, negative, future and repeated entries are ignored.
 """
@@ -33,8 +35,8 @@ from nsattn.plan import TILE, Plan
 
 
 def key_tile(D: int, Dv: int, B: int, element_size: int) -> tuple[int, int, int]:
-    """Keys of a step, warps, stages. A step holds K and V tiles of at most 64 KiB, so that two stages of them fit on
-    chip beside a second program."""
+    """Keys of a step, warps, stages. K and V tiles of a step take at most 32 KiB, so that two stages and several
+    programs fit on chip; sub-tiles of a block also keep the accumulators of 64 heads in registers."""
     widest = max(next_power_of_2(D), next_power_of_2(Dv))
     if element_size > 2:
         return min(B, 32), 4, 1
@@ -43,7 +45,7 @@ def key_tile(D: int, Dv: int, B: int, element_size: int) -> tuple[int, int, int]
 
 @triton.jit
 def _load_query(Q_TILES, CU_Q, CU_K, TILE: tl.constexpr):
-    """Query of this program: packed row (int64), or -1 where there is none; position; first key row of its sequence."""
+    """Query of this program: packed row (int64; -1 where there is none), position, first key row of its sequence."""
     i_tile, i_row = tl.program_id(0) // TILE, tl.program_id(0) % TILE
     i_s = tl.load(Q_TILES + 2 * i_tile)
     i_q = tl.load(Q_TILES + 2 * i_tile + 1) + i_row
@@ -55,7 +57,7 @@ def _load_query(Q_TILES, CU_Q, CU_K, TILE: tl.constexpr):
 
 @triton.jit
 def _load_blocks(p_idx, t, N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr):
-    """Selected blocks of a query at position t, [BN]; -1 for entries that are unused, hostile or repeat an earlier one."""
+    """Selected blocks of a query at position t, [BN]; -1 for entries that are unused, future or repeated."""
     o_n = tl.arange(0, BN)
     block = tl.load(p_idx + o_n, mask=o_n < N, other=-1)
     earlier = (block[None, :] == block[:, None]) & (o_n[None, :] < o_n[:, None])
@@ -77,8 +79,9 @@ def _load_keys(p_k, p_v, blocks, i, t, sk_t, sv_t, o_d, o_v,
 @triton.jit
 def _attend_selected_fwd_kernel(
     Q, K, V, IDX, O, LSE, Q_TILES, CU_Q, CU_K, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, num_kv_heads, scale,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, BG: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    G: tl.constexpr, BG: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
 ):
     """Output and lse of the G heads of one (query, KV head): softmax over its selected blocks (Eq 11, 12)."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
@@ -119,11 +122,13 @@ def attend_selected(
 
 @triton.jit
 def _attend_selected_dq_kernel(
-    Q, K, V, IDX, DO, LSE, DELTA, DQ, Q_TILES, CU_Q, CU_K, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, num_kv_heads, scale,
-    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, BG: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
+    Q, K, V, IDX, DO, LSE, DELTA, DQ, Q_TILES, CU_Q, CU_K, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
+    num_kv_heads, scale,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    G: tl.constexpr, BG: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
 ):
-    """dQ of the G heads of one (query, KV head): sum over its selected blocks of p * (dp - delta) @ k (Eq 11, 12)."""
+    """dQ of the G heads of one (query, KV head): sum over its selected blocks of ds @ k (Eq 11, 12)."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     i_h = tl.program_id(1).to(tl.int64)
     row, t, start_k = _load_query(Q_TILES, CU_Q, CU_K, TILE)
@@ -151,8 +156,8 @@ def _attend_selected_dq_kernel(
 
 
 def attend_selected_bwd(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_idx: Tensor,
-    plan: Plan, *, scale: float, workspace: int,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    block_idx: Tensor, plan: Plan, *, scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_selected` with respect to q, k, v."""
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -163,8 +168,10 @@ def attend_selected_bwd(
     return dq, dk, dv
 
 
-def _launch(kernel, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Tensor, ...], plan: Plan, scale: float) -> None:
-    """Start one program per (query, KV head). `rest`: block_idx and the other tensors of the kernel, in its order."""
+def _launch(
+    kernel, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Tensor, ...], plan: Plan, scale: float
+) -> None:
+    """Start one program per (query, KV head). `rest`: block_idx and the kernel's other tensors, in its order."""
     (Hq, D), (Hkv, Dv), N = q.shape[1:], v.shape[1:], rest[0].shape[-1]
     G, B = Hq // Hkv, plan.config.slc_block
     BK, warps, stages = key_tile(D, Dv, B, q.element_size())

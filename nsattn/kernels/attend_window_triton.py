@@ -1,4 +1,7 @@
-"""attend_window, section 3.3.3: o_t = softmax(scale * q_t . k_i) v_i over t - w < i <= t. The kernels are in `_dense`."""
+"""attend_window, section 3.3.3: o_t = softmax(scale * q_t . k_i) v_i over t - w < i <= t.
+
+The kernels are in `_dense`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """combine: the gated sum of the three branches, Eq 5, o = g_cmp * o_cmp + g_slc * o_slc + g_win * o_win.
 
-One program takes a few rows (token, head) and all their value columns. Forward reads three tensors and writes one,
-backward reads four and writes three: both run at the speed of memory. Sums in float32 (float64 for float64 inputs).
+One program takes a few rows (token, head) and all their value columns. Forward reads three tensors and writes
+one, backward reads four and writes three: both run at the speed of memory. Sums in float32 (float64 for
+float64 inputs).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nsattn.kernels._tile import load_rows, next_power_of_2, store_rows
 
-VALUES = 4096  # of each tensor in one program: 32 per thread of 4 warps, enough loads in flight to fill the memory
+VALUES = 4096  # of each tensor in one program: 32 per thread, enough loads in flight to fill the memory
 
 
 @triton.jit
@@ -27,9 +28,12 @@ def _combine_kernel(
     o_v = tl.arange(0, BDV)
     p_g = GATES + o_r * 3
     # gates [BR], outputs [BR, BDV]
-    b_o = tl.load(p_g, mask=m_r, other=0.0).to(ACC)[:, None] * load_rows(O_CMP, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
-    b_o += tl.load(p_g + 1, mask=m_r, other=0.0).to(ACC)[:, None] * load_rows(O_SLC, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
-    b_o += tl.load(p_g + 2, mask=m_r, other=0.0).to(ACC)[:, None] * load_rows(O_WIN, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
+    g_cmp = tl.load(p_g, mask=m_r, other=0.0).to(ACC)[:, None]
+    g_slc = tl.load(p_g + 1, mask=m_r, other=0.0).to(ACC)[:, None]
+    g_win = tl.load(p_g + 2, mask=m_r, other=0.0).to(ACC)[:, None]
+    b_o = g_cmp * load_rows(O_CMP, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
+    b_o += g_slc * load_rows(O_SLC, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
+    b_o += g_win * load_rows(O_WIN, o_r, o_v, DVAL, m_r, DVAL).to(ACC)
     store_rows(O, b_o, o_r, o_v, DVAL, m_r, DVAL)
 
 
@@ -43,7 +47,9 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
 
 
 @triton.jit
-def _branch_bwd(OB, DOB, GATES, DGATES, b_do, o_r, m_r, BRANCH: tl.constexpr, DVAL: tl.constexpr, BDV: tl.constexpr):
+def _branch_bwd(
+    OB, DOB, GATES, DGATES, b_do, o_r, m_r, BRANCH: tl.constexpr, DVAL: tl.constexpr, BDV: tl.constexpr
+):
     """One branch b of BR rows: do_b = g_b * do and dg_b = do . o_b."""
     o_v = tl.arange(0, BDV)
     b_o = load_rows(OB, o_r, o_v, DVAL, m_r, DVAL).to(b_do.dtype)

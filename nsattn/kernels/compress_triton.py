@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import LOG2E, dot, load_rows, lse_dtype, next_power_of_2, store_rows
+from nsattn.kernels._tile import LOG2E, dot, load_rows, lse_dtype, next_power_of_2, shared_memory, store_rows
 from nsattn.plan import Plan
 
 POOL_TILE = 2048  # elements of a pooling tile: the gated backward holds four, 16 registers of a thread each
@@ -267,7 +267,8 @@ def _product_bwd(
 
     knobs = _product_knobs(x, d_in, d_out, DW_UNITS)
     # The units load ahead of the rows they point at: the compiler shares the stages out between the two.
-    knobs["num_stages"] = 2 * knobs["num_stages"] - 1
+    if shared_memory(x.device) > 64 * 1024:
+        knobs["num_stages"] = 2 * knobs["num_stages"] - 1
     tiles = l * triton.cdiv(d_in, knobs["BM"]) * triton.cdiv(d_out, knobs["BN"])
     steps = triton.cdiv(num_units, knobs["BK"])
     splits = max(1, min(DW_PROGRAMS // (tiles * heads), steps // DW_STEPS))

@@ -1,12 +1,14 @@
 """select_blocks: importance of every selection block and the exact best N of each row (Eq 9, 10).
 
-With P = B/d and R = l/d, the importance of block j is the sum of p_cmp over compressed blocks j*P + o,
-o = -(R-1) .. P-1, each counted as often as m - n = o for 0 <= m < P, 0 <= n < R, summed over the heads of a KV group.
+With P = B/d and R = l/d, the importance of block j is the sum of p_cmp over compressed blocks j*P + o, o =
+-(R-1) .. P-1, each counted as often as m - n = o for 0 <= m < P, 0 <= n < R, summed over the heads of a KV
+group.
 
-*scores*, one program per (tile of queries, KV head, tile of selection blocks): outer loop over the offsets o, whose key
-rows it gathers with stride P, inner loop over the heads of the group. Probabilities are recomputed from the known lse
-and added in registers (float32), so neither the heads nor the pooling of Eq 9 need a reduction between threads.
-*select*, one program per row: the scores of a row stay in registers, the N best are found by bisection on their bits.
+*scores*, one program per (tile of queries, KV head, tile of selection blocks): outer loop over the offsets o,
+whose key rows it gathers with stride P, inner loop over the heads of the group. Probabilities are recomputed
+from the known lse and added in registers (float32), so neither the heads nor the pooling of Eq 9 need a
+reduction between threads. *select*, one program per row: the scores of a row stay in registers, the N best
+are found by bisection on their bits.
 
 Scores live in scratch `[rows of a chunk, Hkv, blocks]`; chunks of query tiles keep it within the workspace.
 Limit: 16384 selection blocks per sequence.
@@ -27,8 +29,11 @@ INF_BITS = tl.constexpr(0x7F800000)
 
 
 def score_tile(D: int, max_blk: int, element_size: int) -> tuple[int, int, int]:
-    """Selection blocks of a tile, warps, stages. In a study on the H200 64 queries x 128 keys with 4 warps was fastest.
-    One stage: two programs on a multiprocessor hide each other's loads, and a second stage spills registers."""
+    """Selection blocks of a tile, warps, stages.
+
+    In a study on the H200 64 queries x 128 keys with 4 warps was fastest. One stage: two programs on a
+    multiprocessor hide each other's loads, and a second stage spills registers.
+    """
     if element_size > 2:
         return 32, 4, 1
     return 128 if D <= 128 and max_blk > 64 else 64, 4, 1
@@ -36,9 +41,10 @@ def score_tile(D: int, max_blk: int, element_size: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _scores_kernel(
-    Q, K, LSE, SCORE, Q_TILES, CU_Q, CU_K, CU_CMP, sq_t, sq_h, sk_t, sk_h, last_tile, num_kv_heads, num_cols, scale,
-    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr,
-    BT: tl.constexpr, BJ: tl.constexpr,
+    Q, K, LSE, SCORE, Q_TILES, CU_Q, CU_K, CU_CMP, sq_t, sq_h, sk_t, sk_h,
+    last_tile, num_kv_heads, num_cols, scale,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr,
+    B: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):
     """Importance of BJ selection blocks for a tile of BT queries of one KV head (Eq 9, 10)."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
@@ -54,9 +60,9 @@ def _scores_kernel(
     start_q, len_q = bounds(CU_Q, i_s)
     _, len_k = bounds(CU_K, i_s)
     start_c, len_c = bounds(CU_CMP, i_s)
-    if i_j * B > tl.minimum(first + BT, len_q) - 1 + len_k - len_q:  # no query sees the first block of the tile
+    if i_j * B > tl.minimum(first + BT, len_q) - 1 + len_k - len_q:  # no query sees the first of these blocks
         return
-    # The inner loop adds offsets of less than BT rows to these, in int32: int64 would cost it too many registers.
+    # The inner loop adds offsets of less than BT rows to these, in int32: int64 costs too many registers.
     p_q, p_lse = Q + (start_q + first) * sq_t, LSE + (start_q + first) * (num_kv_heads * G)
     o_r, o_d = tl.arange(0, BT), tl.arange(0, BD)
     o_j, o_t = i_j + tl.arange(0, BJ), first + o_r + len_k - len_q
@@ -83,9 +89,10 @@ def _scores_kernel(
 @triton.jit
 def _select_kernel(
     SCORE, IDX, Q_TILES, CU_Q, CU_K, last_tile, num_kv_heads, num_cols,
-    N: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):
-    """The N best of the visible blocks of one (query, KV head), ascending: forced ones, then highest scores (Eq 10)."""
+    """The N best visible blocks of one (query, KV head), ascending: forced ones, then highest scores (Eq 10)."""
     i_row, i_h = tl.program_id(0), tl.program_id(1)
     p_tile = Q_TILES + 2 * (last_tile - i_row // BT)
     i_s, i_q = tl.load(p_tile), tl.load(p_tile + 1) + i_row % BT
@@ -101,16 +108,16 @@ def _select_kernel(
     forced = (o_j < visible) & ((o_j < INIT) | (o_j >= visible - LOCAL))
     free = N - tl.minimum(tl.minimum(INIT, visible) + tl.minimum(LOCAL, visible), visible)
 
-    # Scores are not negative, so their bits order like the numbers; -1 stands for blocks that do not compete. NaN
-    # counts as infinity.
+    # Scores are not negative, so their bits order like the numbers; -1 stands for blocks that do not compete.
+    # NaN counts as infinity.
     p_score = SCORE + (i_row.to(tl.int64) * num_kv_heads + i_h) * num_cols
     competes = (o_j < visible) & ~forced
     score = tl.load(p_score + o_j, mask=competes, other=0.0)
     bits = tl.where(score == score, score.to(tl.int32, bitcast=True), INF_BITS)
     bits = tl.where(competes, bits, -1)
 
-    # Bisect for `low` with the `free` best at or above it and too few at or above `high`; usually the count is exact
-    # before the interval closes. Where it closes, the scores equal to `low` tie: lower blocks first.
+    # Bisect for `low` with the `free` best at or above it and too few at or above `high`; usually the count is
+    # exact before the interval closes. Where it closes, the scores equal to `low` tie: lower blocks first.
     low = tl.full([], 0, tl.int32)
     high = tl.max(bits, 0) + 1
     count = tl.sum((bits >= 0).to(tl.int32), 0)
@@ -132,7 +139,9 @@ def _select_kernel(
     tl.store(IDX + ((start_q + i_q) * num_kv_heads + i_h) * N + slot, o_j, mask=keep)
 
 
-def select_blocks(q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, *, scale: float, workspace: int) -> Tensor:
+def select_blocks(
+    q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, *, scale: float, workspace: int
+) -> Tensor:
     """Eq 9, 10. See `nsattn.select_blocks`."""
     config = plan.config
     (T, Hq, D), Hkv, N, B = q.shape, k_cmp.shape[1], config.num_selected, config.slc_block

@@ -1,1 +1,4 @@
-"""A byte-level language model whose attention is NSA: data, training, checkpoints, pictures (`pip install nsattn[train]`)."""
+"""A byte-level language model whose attention is NSA: training, checkpoints, pictures.
+
+Needs `pip install nsattn[train]`.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, run: Mapping[str, Any], digest: str
 ) -> None:
     """Write a checkpoint. The file appears under its name only when complete; an older one stays until then."""
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    # Tied parameters appear once in named_parameters, so no two tensors share memory.
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     info = {"format": FORMAT, "step": step, "run": dict(run), "text_sha256": digest, "crc32": _crc32(tensors)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={KEY: json.dumps(info)}))
@@ -50,7 +50,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises ValueError where it is missing, damaged or not one of ours; never touches the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint. Give the folder of a run that saved one, or start without --resume.")
+        raise ValueError(f"{path}: no such checkpoint. Give the folder of a run that saved one, or drop --resume.")
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})[KEY])
@@ -61,14 +61,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its bytes do not match their checksum")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a usable checkpoint ({error}); it was left as it is. Restore it from a copy, or start again "
-            "in another folder (--out)."
+            f"{path} is not a usable checkpoint ({error}); it was left as it is. Restore it from a copy, or start "
+            "again in another folder (--out)."
         ) from error
     return Checkpoint(info, tensors)
 
 
-def restore(checkpoint: Checkpoint, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint into a model, and into its optimiser with the random state. Raises ValueError if it does not fit."""
+def restore(
+    checkpoint: Checkpoint, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Put a checkpoint into a model; with an optimiser, also into that and into torch's random state.
+
+    Raises ValueError if it does not fit; `path` is for that message.
+    """
     parameters = dict(model.named_parameters())
     saved = {name.removeprefix("model."): x for name, x in checkpoint.tensors.items() if name.startswith("model.")}
     wrong = sorted(
@@ -77,8 +82,8 @@ def restore(checkpoint: Checkpoint, path: Path, model: nn.Module, optimizer: tor
     )
     if wrong:
         raise ValueError(
-            f"{path} does not fit this model: {len(wrong)} parameters are missing, extra or of another shape, the first "
-            f"{wrong[0]}. Use the version of nsattn that wrote it; it was left as it is."
+            f"{path} does not fit this model: {len(wrong)} parameters are missing, extra or of another shape, the "
+            f"first {wrong[0]}. Use the version of nsattn that wrote it; it was left as it is."
         )
     with torch.no_grad():
         for name, p in parameters.items():
@@ -99,7 +104,7 @@ def restore(checkpoint: Checkpoint, path: Path, model: nn.Module, optimizer: tor
         torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, then give the finished file its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -114,5 +119,6 @@ def write_atomically(path: Path, write: Any) -> None:
 def _crc32(tensors: Mapping[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data.data, zlib.crc32(name.encode(), crc))
     return crc

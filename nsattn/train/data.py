@@ -72,8 +72,10 @@ def load_corpus(data: str = "", *, seq_len: int = 2) -> Corpus:
         raise ValueError(f"{name} holds no text. Give a file or folder with text (--data).")
     whole = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     segment = max(1, min(SEGMENT, len(whole) // HELD_OUT_EVERY))
-    held_out = torch.arange(len(whole)) // segment % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    corpus = Corpus(name, whole[~held_out], whole[held_out], hashlib.sha256(text).hexdigest())
+    parts: tuple[list[Tensor], list[Tensor]] = ([whole[:0]], [whole[:0]])
+    for i, part in enumerate(whole.split(segment)):
+        parts[i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(part)
+    corpus = Corpus(name, torch.cat(parts[0]), torch.cat(parts[1]), hashlib.sha256(text).hexdigest())
     short = min(len(corpus.train), len(corpus.held_out))
     if short < seq_len + 1:
         raise ValueError(
@@ -113,6 +115,14 @@ def _hidden(path: Path) -> bool:
 def ngram_bits_per_byte(train: Tensor, windows: Tensor) -> dict[str, float]:
     """Bits per byte that counting bytes gets: what a model must beat to have learned more than local statistics.
 
+    By the probabilities of `ngram_probabilities`, under the same names.
+    """
+    return {name: -p.log2().mean().item() for name, p in ngram_probabilities(train, windows).items()}
+
+
+def ngram_probabilities(train: Tensor, windows: Tensor) -> dict[str, Tensor]:
+    """Probability of every predicted byte by the byte, pair and triple counts of the training text.
+
     Interpolated (Dirichlet) smoothing, each order backed by the one below, with alpha = 1 for pairs and triples:
 
         p1(c)     = (n(c) + 1) / (n + 256)
@@ -121,32 +131,34 @@ def ngram_bits_per_byte(train: Tensor, windows: Tensor) -> dict[str, float]:
 
     Args:
         train: uint8 `[bytes]`, counted.
-        windows: uint8 `[windows, S + 1]`; all bytes but the first of each are predicted, from bytes of the window. The
-            second byte of a window has one byte of context, so the trigram falls back to the bigram there.
+        windows: uint8 `[windows, S + 1]`, S >= 2; all bytes but the first of each are predicted, from bytes of the
+            window. The second byte of a window has one byte of context, so the trigram falls back to the bigram there.
 
     Returns:
-        bits per byte under "unigram", "bigram", "trigram".
+        float64 `[windows, S]` under "unigram", "bigram", "trigram".
     """
     alpha = 1.0
-    n1, n2, n3 = (_counts(train, order) for order in (1, 2, 3))
-    w = windows.long()
-    a, b, c = w[:, :-2], w[:, :-1], w[:, 1:]
-    p1 = (n1[c] + 1) / (len(train) + 256)
-    pairs = n2.view(256, 256)
-    p2 = (pairs[b, c] + alpha * p1) / (pairs.sum(1)[b] + alpha)
-    triples = n3.view(256, 256, 256)
-    p3 = (triples[a, b[:, 1:], c[:, 1:]] + alpha * p2[:, 1:]) / (triples.sum(2)[a, b[:, 1:]] + alpha)
-    p3 = torch.cat([p2[:, :1], p3], dim=1)
-    return {name: -p.log2().mean().item() for name, p in (("unigram", p1), ("bigram", p2), ("trigram", p3))}
+    w, context = windows, train[:-1]  # a string at the very end is no context: nothing follows it
+    p1 = (_count(train, w[:, 1:, None]) + 1) / (len(train) + 256)
+    p2 = (_count(train, w.unfold(1, 2, 1)) + alpha * p1) / (_count(context, w[:, :-1, None]) + alpha)
+    triples, pairs = _count(train, w.unfold(1, 3, 1)), _count(context, w[:, :-1].unfold(1, 2, 1))
+    p3 = torch.cat([p2[:, :1], (triples + alpha * p2[:, 1:]) / (pairs + alpha)], dim=1)
+    return {"unigram": p1, "bigram": p2, "trigram": p3}
 
 
-def _counts(text: Tensor, order: int) -> Tensor:
-    """How often each of the 256^order byte strings occurs, float64 (exact below 2^53)."""
-    rows = max(len(text) - order + 1, 0)
-    code = torch.zeros(rows, dtype=torch.int32)
-    for i in range(order):
-        code = code * 256 + text[i : i + rows]
-    return torch.bincount(code, minlength=256**order).double()
+def _count(text: Tensor, strings: Tensor) -> Tensor:
+    """How often each byte string of `strings` `[..., n]`, n <= 3, occurs in `text`: float64 `[...]`."""
+    order = strings.shape[-1]
+    table = torch.bincount(_code(text.unfold(0, order, 1)), minlength=256**order)
+    return table[_code(strings)].double()
+
+
+def _code(strings: Tensor) -> Tensor:
+    """Byte strings `[..., n]` as the numbers that they spell in base 256."""
+    code = strings[..., 0].int()
+    for i in range(1, strings.shape[-1]):
+        code = code * 256 + strings[..., i]
+    return code
 
 
 def bits(loss: float) -> float:

@@ -30,7 +30,6 @@ class ModelConfig:
         compression: how NSA compresses blocks: `mlp`, `linear`, `gated` or `mean`.
         separate_kv: own keys and values for each branch of NSA.
         rope_theta: base of the rotary embedding.
-        tie_embeddings: use the embedding as output projection too.
     """
 
     attention: str = "nsa"
@@ -44,7 +43,6 @@ class ModelConfig:
     compression: str = "mlp"
     separate_kv: bool = False
     rope_theta: float = 10000.0
-    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTIONS:
@@ -130,12 +128,12 @@ class ByteLM(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
         self._initialise()
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        self.embedding.weight.normal_(std=0.02)
+        # The byte itself must outweigh what the first layers add to it: with 0.02 the first 100 steps of `tiny` end at
+        # 3.97 bits per byte, with 1.0 at 3.79, with 0.3 at 3.66.
+        self.embedding.weight.normal_(std=0.3)
         self.head.weight.normal_(std=0.02)
         for name, weight in self.named_parameters():
             # What a layer adds to the residual stream starts small, so that depth does not change its scale.

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Curve:
 
 
 def read_curve(folder: Path) -> Curve:
-    """Read `metrics.jsonl` and `config.json` of a run folder. Raises ValueError if they are not there or not readable."""
+    """Read `metrics.jsonl` and `config.json` of a run folder. Raises ValueError if they are missing or damaged."""
     try:
         config = json.loads((folder / "config.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -55,7 +55,7 @@ def read_curve(folder: Path) -> Curve:
             config["baselines"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not the folder of a training run ({error}). Give one that nsattn train wrote.") from error
+        raise ValueError(f"{folder} is not a training run's folder ({error}). Give one of nsattn train.") from error
 
 
 def draw_loss(folders: Sequence[Path], path: Path) -> None:
@@ -78,7 +78,7 @@ def draw_loss(folders: Sequence[Path], path: Path) -> None:
         )
     for (order, value), style in zip(list(curves[0].baselines.items())[1:], (":", "-."), strict=False):
         axes.axhline(value, color="#666666", linewidth=1, linestyle=style, label=f"{order} baseline ({value:.3f})")
-    low = min((min([*curve.train, *curve.held_out]) for curve in curves if len(curve.train)), default=0.0)
+    low = min([*curves[0].baselines.values(), *(x for curve in curves for x in (*curve.train, *curve.held_out))])
     axes.set_ylim(max(0.0, 0.9 * low), max([5.0, *curves[0].baselines.values()]))
     axes.set_xlim(left=0)
     axes.set_xlabel(f"training bytes seen [{name}]")
@@ -149,10 +149,10 @@ def selection_map(block_idx: np.ndarray, config: NSAConfig) -> np.ndarray:
     while length / per_row > ROWS and per_row < config.slc_block:
         per_row *= 2
     starts = np.arange(0, length, per_row)
-    share = np.add.reduceat(chosen, starts, axis=0) / np.diff([*starts, length])[:, None]
+    share = np.add.reduceat(chosen, starts, axis=0) / np.diff(starts, append=length)[:, None]
     colours = FREE(share)[..., :3]
-    colours[forced[starts]] = matplotlib.colors.to_rgb("#f2b880")
-    colours[~visible[starts]] = matplotlib.colors.to_rgb("#dddddd")
+    colours[forced[starts]] = to_rgb("#f2b880")
+    colours[~visible[starts]] = to_rgb("#dddddd")
     return colours
 
 

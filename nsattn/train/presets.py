@@ -16,6 +16,7 @@ class RunConfig:
     """Everything that decides what a run computes. Stored in its checkpoint; a resumed run must have the same.
 
     Args:
+        preset: name of the preset that the settings started from.
         model: sizes of the model.
         data: file or folder; empty for the standard library's source files.
         steps, batch_size, seq_len: optimiser steps, sequences per step, bytes per sequence.
@@ -28,6 +29,7 @@ class RunConfig:
         sample_bytes: length of the generated text.
     """
 
+    preset: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str = ""
     steps: int = 100
@@ -70,17 +72,19 @@ PRESETS: Mapping[str, RunConfig] = MappingProxyType(
     {
         # Two CPU cores, reference path, under three minutes with everything.
         "tiny": RunConfig(
+            preset="tiny",
             model=ModelConfig(
                 dim=128, layers=2, num_heads=4, num_kv_heads=2, head_dim=32, hidden=352,
                 nsa=NSAConfig(
                     cmp_block=8, cmp_stride=4, slc_block=16, num_selected=5, window=32, init_blocks=1, local_blocks=2
                 ),
             ),
-            steps=300, batch_size=8, seq_len=256, lr=3e-3, warmup=20, evals=5, eval_windows=128,
+            steps=500, batch_size=4, seq_len=256, lr=4e-3, warmup=20, evals=5, eval_windows=64,
             checkpoint_every=100, sample_bytes=300,
         ),
         # One H200, kernels, about 30M parameters, the paper's block sizes.
         "small": RunConfig(
+            preset="small",
             model=ModelConfig(dim=512, layers=8, num_heads=8, num_kv_heads=2, head_dim=64, hidden=1408),
             steps=800, batch_size=8, seq_len=8192, lr=1e-3, warmup=80, evals=8, eval_windows=48,
             checkpoint_every=200, sample_bytes=600,

@@ -9,7 +9,9 @@ from nsattn.train.model import ByteLM
 
 
 @torch.no_grad()
-def generate(model: ByteLM, prompt: Tensor, count: int, *, context: int, temperature: float = 0.8, seed: int = 0) -> bytes:
+def generate(
+    model: ByteLM, prompt: Tensor, count: int, *, context: int, temperature: float = 0.8, seed: int = 0
+) -> bytes:
     """Continue a prompt byte by byte.
 
     Each step runs the model over the last `context` bytes again; there is no cache of earlier keys and values yet, so
