@@ -134,6 +134,7 @@ def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str
 
 def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], dict[str, Tensor]]:
     """A function that runs an operation through autograd and returns its outputs and gradients by name."""
+    dtype = x.q.dtype
     selection = (hostile_selection if case.hostile else random_selection)(x.plan, case.num_kv_heads)
     options: dict[str, float] = {"scale": x.scale}
 
@@ -153,20 +154,20 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
             extra = (selection,) if operation == "attend_selected" else ()
             o, lse = getattr(branches, operation)(*leaves.values(), *extra, x.plan, impl=impl, **options)
             outputs = {"o": o, "lse": lse}
-        return _with_gradients(outputs, leaves)
+        return _with_gradients(outputs, leaves, dtype)
 
     return run
 
 
 def _check_compress(x: Inputs, method: str, impl: str, case: Case) -> list[Result]:
-    heads, dim = x.k.shape[1:]
+    heads, dim, dtype = *x.k.shape[1:], x.k.dtype
     params = make_compression(method, heads, dim, dim, case.config, dtype=x.k.dtype, device=str(x.k.device))
 
     def run(x: Inputs, impl: str) -> dict[str, Tensor]:
         leaves = {"x": x.k.clone().requires_grad_()}
         leaves |= {f"param{i}": p.to(x.k.dtype).clone().requires_grad_() for i, p in enumerate(params)}
         y = branches.compress(leaves["x"], tuple(leaves.values())[1:], x.plan, method=method, impl=impl)
-        return _with_gradients({"y": y}, leaves)
+        return _with_gradients({"y": y}, leaves, dtype)
 
     return [(f"{method} {name}", verdict) for name, verdict in _judge(x, run, impl, x.k.dtype)]
 
@@ -184,12 +185,17 @@ def _check_selection(x: Inputs, impl: str, case: Case) -> list[Result]:
     return [("block_idx", compare_selections(got, want, score))]
 
 
-def _with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs and the gradients of a random linear function of them; -inf (an empty row's lse) carries none."""
+def _with_gradients(
+    outputs: dict[str, Tensor], leaves: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Outputs and the gradients of a random linear function of them; -inf (an empty row's lse) carries none.
+
+    The function's weights are values of the low precision `dtype` in every run, so that all runs get the same ones.
+    """
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64, device=outputs[next(iter(outputs))].device)
     for y in outputs.values():
-        weight = torch.randn(y.shape, generator=generator).to(y.device).to(leaves[next(iter(leaves))].dtype).to(y.dtype)
+        weight = torch.randn(y.shape, generator=generator).to(dtype).to(y)
         loss = loss + (torch.where(y.isfinite(), y, 0) * weight).double().sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     results = {name: y.detach() for name, y in outputs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nsattn import NSAConfig
@@ -457,6 +459,13 @@ def test_command_trains_stops_resumes_and_compares(text, finished, tmp_path, mon
     assert "resumed after step 1" in result.output
     for word in ("held out", "bigram", "trigram", "loss.png", "selection.png", "sample.txt"):
         assert word in result.output
+
+
+def test_terminal_gets_no_control_characters():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    loop._say(Console(file=stream), "a\x1b[2J\xe9\n\tb")
+    stream.flush()
+    assert stream.buffer.getvalue().decode() == "a?[2J?\n        b\n"
 
 
 # Pictures

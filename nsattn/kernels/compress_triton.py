@@ -45,7 +45,7 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str) 
         *_, w2, b2 = params
         act = F.silu(_hidden(x, params, units, plan))
         return _product(act, w2[:, None], b2, _row_units(units), plan.total_cmp)
-    return _pool(x, params, units, plan)[0]
+    return _pool(x, params, units, plan, x.dtype)[0]
 
 
 def compress_bwd(
@@ -379,10 +379,12 @@ def _pool_knobs(d: int) -> dict[str, int]:
     return {"BM": max(1, POOL_TILE // bd), "BD": bd, "num_warps": 4}
 
 
-def _pool(x: Tensor, params: tuple[Tensor, ...], units: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """y, and with a gate the base-2 log-sum-exp of its logits [total_cmp, Hkv]. No params: the mean."""
+def _pool(
+    x: Tensor, params: tuple[Tensor, ...], units: Tensor, plan: Plan, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y in `dtype`, and with a gate the base-2 log-sum-exp of its logits [total_cmp, Hkv]. No params: the mean."""
     heads, d = x.shape[1:]
-    y = x.new_zeros(plan.total_cmp, heads, d)
+    y = x.new_zeros(plan.total_cmp, heads, d, dtype=dtype)
     lse2 = x.new_empty(plan.total_cmp, heads, dtype=lse_dtype(x))
     knobs = _pool_knobs(d)
     _pool_fwd_kernel[(triton.cdiv(units.shape[1], knobs["BM"]), heads)](
@@ -403,8 +405,9 @@ def _pool_bwd(
     tiles = triton.cdiv(units.shape[1], knobs["BM"])
     gate, scratch = (x, x), (x, x, dx, x, x)
     if params:
-        y, lse2 = _pool(x, params, units, plan)
-        delta = (dy.to(acc) * y.to(acc)).sum(dim=-1)
+        # Not rounded to x.dtype: ds is a small difference of two products, which the rounding of y would drown.
+        y, lse2 = _pool(x, params, units, plan, acc)
+        delta = (dy.to(acc) * y).sum(dim=-1)
         dw, dpe = x.new_empty(tiles, heads, d, dtype=acc), x.new_empty(tiles, heads, l, dtype=acc)
         gate, scratch = params, (lse2, delta, dx, dw, dpe)
     _pool_bwd_kernel[(tiles, heads)](

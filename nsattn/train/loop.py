@@ -134,7 +134,6 @@ class _Training:
             )
         checkpoints.restore(saved, path, self.model, self.optimizer)
         self.step = saved.info["step"]
-        _forget_later(self.out / METRICS, self.step)
 
     @torch.no_grad()
     def check_forward(self) -> None:
@@ -142,8 +141,9 @@ class _Training:
         self._loss(self.windows[:1])
 
     def announce(self, console: Console) -> None:
-        """Write config.json and say what is about to run."""
+        """Write config.json, drop metrics of steps that will be made again, and say what is about to run."""
         self.out.mkdir(parents=True, exist_ok=True)
+        _forget_later(self.out / METRICS, self.step)
         facts = {
             "run": self.run.to_dict(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -154,7 +154,7 @@ class _Training:
                             "device": _device_name(self.device)},
         }
         text = json.dumps(facts, indent=2) + "\n"
-        checkpoints.write_atomically(self.out / CONFIG, lambda path: path.write_text(text))
+        checkpoints.write_atomically(self.out / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
         run = self.run
         _say(console, f"{run.preset or 'run'}: {run.model.attention} attention, {facts['parameters']:,} parameters, "
              f"{run.batch_size} x {run.seq_len} bytes per step, {run.steps} steps, on {_device_name(self.device)}")
@@ -173,7 +173,8 @@ class _Training:
         )
         begun = self.step
         if not self.finished:
-            with Progress(*columns, console=console) as progress, open(self.out / METRICS, "a") as metrics:
+            bar = Progress(*columns, console=console)
+            with bar as progress, open(self.out / METRICS, "a", encoding="utf-8") as metrics:
                 task = progress.add_task(
                     "train", total=self.run.steps, completed=self.step, loss=math.nan, bits=math.nan, speed=math.nan
                 )
@@ -255,7 +256,7 @@ class _Training:
             text = generate(self.model, prompt, self.run.sample_bytes, context=self.run.seq_len, seed=self.run.seed)
         files.append(self.out / "sample.txt")
         shown = bytes(prompt.tolist()).decode(errors="replace"), text.decode(errors="replace")
-        files[-1].write_text(f"--- prompt (held-out text)\n{shown[0]}\n--- generated\n{shown[1]}\n")
+        files[-1].write_text(f"--- prompt (held-out text)\n{shown[0]}\n--- generated\n{shown[1]}\n", encoding="utf-8")
         _say(console, f"--- sample: continues held-out text\n{shown[0]}\n--- with\n{shown[1]}\n---")
         return self.outcome(files)
 
@@ -353,13 +354,13 @@ def _check_agreement(run: RunConfig, asked: Mapping[str, Any], out: Path) -> Non
 def _forget_later(metrics: Path, step: int) -> None:
     """Drop lines of steps after the checkpoint, and a line cut off by a crash: they will be written again."""
     kept = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             break
-    checkpoints.write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+    checkpoints.write_atomically(metrics, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
 
 def _append(metrics: Any, line: Mapping[str, Any]) -> None:
@@ -368,6 +369,9 @@ def _append(metrics: Any, line: Mapping[str, Any]) -> None:
 
 
 def _say(console: Console, text: str) -> None:
+    """Print without control characters, which generated text may hold, and without what the terminal cannot show."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = text.encode(console.encoding, "replace").decode(console.encoding)
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -42,8 +42,8 @@ class Curve:
 def read_curve(folder: Path) -> Curve:
     """Read `metrics.jsonl` and `config.json` of a run folder. Raises ValueError if they are missing or damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line]
         evals = [line for line in lines if "held_out_bits_per_byte" in line]
         return Curve(

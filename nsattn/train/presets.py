@@ -79,7 +79,7 @@ PRESETS: Mapping[str, RunConfig] = MappingProxyType(
                     cmp_block=8, cmp_stride=4, slc_block=16, num_selected=5, window=32, init_blocks=1, local_blocks=2
                 ),
             ),
-            steps=500, batch_size=4, seq_len=256, lr=4e-3, warmup=20, evals=5, eval_windows=64,
+            steps=400, batch_size=4, seq_len=256, lr=4e-3, warmup=20, evals=5, eval_windows=64,
             checkpoint_every=100, sample_bytes=300,
         ),
         # One H200, kernels, about 30M parameters, the paper's block sizes.
@@ -87,7 +87,7 @@ PRESETS: Mapping[str, RunConfig] = MappingProxyType(
             preset="small",
             model=ModelConfig(dim=512, layers=8, num_heads=8, num_kv_heads=2, head_dim=64, hidden=1408),
             steps=800, batch_size=8, seq_len=8192, lr=1e-3, warmup=80, evals=8, eval_windows=48,
-            checkpoint_every=200, sample_bytes=600,
+            checkpoint_every=200, sample_bytes=400,
         ),
     }
 )
