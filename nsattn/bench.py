@@ -326,3 +326,24 @@ def _save(rows: list[Row], out: str) -> None:
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def summary(path: str | Path) -> str:
+    """The README's table of times, in markdown, from a results file: whole attention and the selected branch, in ms."""
+    content = json.loads(Path(path).read_text())
+    times = {(r["Hq"], r["Hkv"], r["T"], r["op"], r["impl"], r["direction"]): r["ms"] for r in content["rows"]}
+    columns = (
+        ("nsa_attention", "auto"),
+        ("dense causal", "cudnn"),
+        ("attend_selected", "kvmajor"),
+        ("attend_selected", "qmajor"),
+    )
+    lines = ["| heads | T | whole NSA | dense (cuDNN) | selected, `kvmajor` | selected, `qmajor` |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for Hq, Hkv, T in sorted({key[:3] for key in times}):
+        cells = (
+            " / ".join(f"{times[Hq, Hkv, T, *column, direction]:.2f}" for direction in ("forward", "backward"))
+            for column in columns
+        )
+        lines.append(f"| {Hq}/{Hkv} | {T} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -12,7 +12,20 @@ ROOT = Path(__file__).parents[1]
 
 # (target, kernel): (most that may spill, why). NVIDIA: bytes of local memory per thread; AMD: vector registers.
 # An entry that is no longer needed fails the test.
-ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+_UNTUNED = "correct, and never timed: nobody has run this kernel on this chip yet"
+ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
+    ("sm_90", "_dense_dkv_kernel"): (
+        56,
+        "outside the loops. Without spills, as 32 keys x 64 queries, the window at T=32768, 32/8 heads takes 3.92 ms "
+        "on an H200 instead of 2.97; 64 x 64 takes 3.12 (docs/log.md, 2026-11-23)",
+    ),
+    ("sm_80", "_dense_dkv_kernel"): (24, _UNTUNED),
+    ("sm_80", "_dense_dq_kernel"): (64, _UNTUNED),
+    ("sm_80", "_gradient_kernel"): (4288, f"heads of 256 most; {_UNTUNED}"),
+    ("sm_100", "_dense_dq_kernel"): (8, _UNTUNED),
+    ("gfx942", "_gradient_kernel"): (141, _UNTUNED),
+    ("gfx942", "_partial_kernel"): (248, _UNTUNED),
+}
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 

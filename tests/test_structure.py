@@ -14,6 +14,7 @@ import pytest
 
 import nsattn
 from nsattn import cli, dispatch
+from nsattn.bench import summary
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nsattn"
@@ -139,6 +140,12 @@ def test_readme_support_table_is_generated():
     text = (ROOT / "README.md").read_text()
     match = re.search(r"<!-- support table -->\n(.*?)\n<!-- end -->", text, re.S)
     assert match and match.group(1) == dispatch.support_table()
+
+
+def test_readme_times_come_from_the_results():
+    text = (ROOT / "README.md").read_text()
+    match = re.search(r"<!-- times -->\n(.*?)\n<!-- end -->.*?\]\((benchmarks/results/[^)]+\.json)\)", text, re.S)
+    assert match and match.group(1) == summary(ROOT / match.group(2))
 
 
 def test_relative_links_exist():

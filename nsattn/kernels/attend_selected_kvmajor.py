@@ -198,7 +198,7 @@ def attend_selected_bwd(
         num_rows = chunk.rows * chunk.heads * G
         _sum_dq_kernel[(triton.cdiv(num_rows, BR),)](
             partials, lists.inverse, dq, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
-            D=D, BD=BD, G=G, N=N, SUBS=B // BK, UNROLL=min(N, 16), BR=BR, num_warps=2,
+            D=D, BD=BD, G=G, N=N, SUBS=B // BK, UNROLL=min(N, 16) if BK == B else 1, BR=BR, num_warps=2,
         )
 
     delta = row_delta(o, do, dlse)
