@@ -342,7 +342,7 @@ def summary(path: str | Path) -> str:
     lines.append("|---|--:|--:|--:|--:|--:|")
     for Hq, Hkv, T in sorted({key[:3] for key in times}):
         cells = (
-            " / ".join(f"{times[Hq, Hkv, T, *column, direction]:.2f}" for direction in ("forward", "backward"))
+            " / ".join(f"{times[(Hq, Hkv, T, *column, direction)]:.2f}" for direction in ("forward", "backward"))
             for column in columns
         )
         lines.append(f"| {Hq}/{Hkv} | {T} | {' | '.join(cells)} |")
