@@ -1,6 +1,6 @@
 """`nsattn bench`: times of every operation, forward and backward, beside dense attention in the same run.
 
-Each contender is checked against the reference on the last query rows before its time counts. Timing: device events, a
+Each contender is checked against the reference before its time counts. Timing: device events, a
 cold L2 cache (triton's `do_bench` clears it before every call), the median with the 20th and 80th percentile, and a
 pause before each measurement, because these kernels run into the power limit and drift when timed back to back.
 
@@ -26,7 +26,7 @@ from nsattn import dispatch
 from nsattn.environment import commit, environment
 from nsattn.kernels import reference
 from nsattn.plan import Plan, make_plan
-from nsattn.testing import compare, make_compression, random_selection
+from nsattn.testing import compare, compare_selections, make_compression, random_selection
 
 PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
 PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time: a function of leaf tensors, its useful FLOPs, and how to check its last rows."""
+    """Something to time: a function of leaf tensors, its useful FLOPs, and how to check its result."""
 
     who: str
     op: str
@@ -69,8 +69,8 @@ class Work:
     call: Callable[..., Any]  # returns one tensor
     leaves: tuple[Tensor, ...]
     flops: float
+    check: Callable[[Tensor], bool]  # judges a result against the reference
     backward: bool = True
-    golden: Callable[[], tuple[Tensor, Tensor]] | None = None  # (float64, low precision) of the last rows
 
 
 def run(
@@ -132,69 +132,58 @@ def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
 
     visible = T * T / 2  # (query, key) pairs of causal attention
     pairs = 4 * Hq * D  # FLOPs of a (query, key) pair forward, all heads
-    tail = _tail(q, k, v, k_cmp, v_cmp, selection, plan)
-    works = [
-        Work(
-            "nsattn",
-            "compress",
-            "triton",
-            lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan),
-            (k, *linear),
-            2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv,
-        ),
-        Work(
-            "nsattn",
-            "attend_compressed",
-            "triton",
-            lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
-            (q, k_cmp, v_cmp),
-            pairs * visible / config.cmp_stride,
-            golden=tail("attend_compressed"),
-        ),
-        Work(
-            "nsattn",
-            "select_blocks",
-            "triton",
-            lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
-            (q, k_cmp),
-            pairs / 2 * visible / config.cmp_stride,
-            backward=False,
-        ),
-    ]
-    impls = [name for name, cell in dispatch.TABLE["attend_selected"].items() if cell.is_kernel]
-    works += [
-        Work(
-            "nsattn",
-            "attend_selected",
-            impl,
-            lambda q, k, v, impl=impl: nsattn.attend_selected(q, k, v, selection, plan=plan, impl=impl),
-            (q, k, v),
-            pairs * T * min(T / 2, config.num_selected * config.slc_block),
-            golden=tail("attend_selected"),
+    tokens = T * min(T / 2, config.num_selected * config.slc_block)  # (query, key) pairs of the selected branch
+    recent = T * min(T / 2, config.window)
+    tail = _Tail(q, k, v, k_cmp, v_cmp, plan)
+    few = min(T, 4 * config.cmp_block)  # the first tokens are compressed alike, whatever follows
+    first = make_plan(torch.tensor([0, few], dtype=torch.int32, device=device), few, config=config, max_seqlen=few)
+
+    def compressed(y: Tensor) -> bool:
+        exact, low = (
+            reference.compress(k[:few].to(t), tuple(p.to(t) for p in linear), first, method="linear")
+            for t in (torch.float64, dtype)
         )
-        for impl in (impls if device == "cuda" else ["reference"])
-    ]
+        return compare(y[: first.max_cmp], exact[: first.max_cmp], low[: first.max_cmp]).ok
+
+    def combined(y: Tensor) -> bool:
+        rows = slice(-CHECKED_ROWS, None)
+        exact, low = (reference.combine(*(x[rows].to(t) for x in (*o, gates))) for t in (torch.float64, dtype))
+        return compare(y[rows], exact, low).ok
+
+    def whole_checked(y: Tensor) -> bool:
+        result = nsattn.nsa_attention(q, k, v, gates=gates, plan=plan, return_lse=True)
+        chosen = result.block_idx if isinstance(result, nsattn.NSAOutput) else selection
+        return tail.agrees(y, lambda t: tail.whole(t, chosen, gates))
+
+    kernel = "triton" if device == "cuda" else "reference"
+    works = [
+        Work("nsattn", "compress", kernel,
+             lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan), (k, *linear),
+             2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv, compressed),
+        Work("nsattn", "attend_compressed", kernel, lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
+             (q, k_cmp, v_cmp), pairs * visible / config.cmp_stride,
+             lambda y: tail.agrees(y, lambda t: tail.branch("attend_compressed", t))),
+        Work("nsattn", "select_blocks", kernel, lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
+             (q, k_cmp), pairs / 2 * visible / config.cmp_stride, lambda y: tail.selects(y, lse_cmp), backward=False),
+    ]  # fmt: skip
+    for impl, cell in dispatch.TABLE["attend_selected"].items():
+        if cell.is_kernel != (device == "cuda"):
+            continue
+        works.append(
+            Work("nsattn", "attend_selected", impl,
+                 lambda q, k, v, impl=impl: nsattn.attend_selected(q, k, v, selection, plan=plan, impl=impl),
+                 (q, k, v), pairs * tokens,
+                 lambda y: tail.agrees(y, lambda t: tail.branch("attend_selected", t, selection)))
+        )  # fmt: skip
     works += [
-        Work(
-            "nsattn",
-            "attend_window",
-            "triton",
-            lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
-            (q, k, v),
-            pairs * T * min(T / 2, config.window),
-            golden=tail("attend_window"),
-        ),
-        Work("nsattn", "combine", "triton", nsattn.combine, (*o, gates), 6 * T * Hq * D),
-        Work(
-            "nsattn",
-            "nsa_attention",
-            "auto",
-            lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan),
-            (q, k, v, gates),
-            pairs * (1.5 * visible / config.cmp_stride + T * (config.num_selected * config.slc_block + config.window)),
-        ),
+        Work("nsattn", "attend_window", kernel, lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
+             (q, k, v), pairs * recent, lambda y: tail.agrees(y, lambda t: tail.branch("attend_window", t))),
+        Work("nsattn", "combine", kernel, nsattn.combine, (*o, gates), 6 * T * Hq * D, combined),
+        Work("nsattn", "nsa_attention", "auto" if device == "cuda" else kernel,
+             lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan), (q, k, v, gates),
+             pairs * (1.5 * visible / config.cmp_stride + tokens + recent), whole_checked),
         _dense(q, k, v, pairs * visible),
-    ]
+    ]  # fmt: skip
     return works
 
 
@@ -209,48 +198,64 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Work:
         with sdpa_kernel(backends):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return Work("torch", "dense causal", "cudnn" if q.is_cuda else "math", call, (q, k, v), flops)
+    def last_row(y: Tensor) -> bool:
+        """The last query sees every key, so it needs no mask."""
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        exact, low = (
+            F.scaled_dot_product_attention(q[:, :, -1:].to(t), keys.to(t), values.to(t))
+            for t in (torch.float64, q.dtype)
+        )
+        return compare(y[:, :, -1:], exact, low).ok
+
+    return Work("torch", "dense causal", "cudnn" if q.is_cuda else "math", call, (q, k, v), flops, last_row)
 
 
-def _tail(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, selection: Tensor, plan: Plan):
+class _Tail:
     """The reference on the last query rows alone: as cached keys with a few queries, at a cost linear in T."""
-    rows = min(CHECKED_ROWS, plan.total_q)
-    few = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
-    last = make_plan(
-        few,
-        rows,
-        config=plan.config,
-        max_seqlen=rows,
-        cu_seqlens_k=plan.cu_k,
-        total_k=plan.total_k,
-        max_seqlen_k=plan.max_k,
-    )
-    scale = q.shape[-1] ** -0.5
 
-    def of(operation: str) -> Callable[[], tuple[Tensor, Tensor]]:
-        def golden() -> tuple[Tensor, Tensor]:
-            keys = (k_cmp, v_cmp) if operation == "attend_compressed" else (k, v)
-            extra = (selection[-rows:],) if operation == "attend_selected" else ()
-            function = getattr(reference, operation)
-            with torch.no_grad():
-                exact, low = (
-                    function(q[-rows:].to(t), *(x.to(t) for x in keys), *extra, last, scale=scale)[0]
-                    for t in (torch.float64, q.dtype)
-                )
-            return exact, low
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> None:
+        self.rows = min(CHECKED_ROWS, plan.total_q)
+        self.q, self.k, self.v, self.k_cmp, self.v_cmp = q[-self.rows :], k, v, k_cmp, v_cmp
+        self.scale = q.shape[-1] ** -0.5
+        self.plan = make_plan(
+            torch.tensor([0, self.rows], dtype=torch.int32, device=q.device),
+            self.rows,
+            config=plan.config,
+            max_seqlen=self.rows,
+            cu_seqlens_k=plan.cu_k,
+            total_k=plan.total_k,
+            max_seqlen_k=plan.max_k,
+        )
 
-        return golden
+    def branch(self, operation: str, dtype: torch.dtype, selection: Tensor | None = None) -> Tensor:
+        """Output of one branch, computed in `dtype`."""
+        keys = (self.k_cmp, self.v_cmp) if operation == "attend_compressed" else (self.k, self.v)
+        extra = () if selection is None else (selection[-self.rows :],)
+        tensors = [x.to(dtype) for x in (self.q, *keys)]
+        return getattr(reference, operation)(*tensors, *extra, self.plan, scale=self.scale)[0]
 
-    return of
+    def whole(self, dtype: torch.dtype, selection: Tensor, gates: Tensor) -> Tensor:
+        """Output of the three branches for a given selection."""
+        branches = (self.branch("attend_compressed", dtype), self.branch("attend_selected", dtype, selection),
+                    self.branch("attend_window", dtype))  # fmt: skip
+        return reference.combine(*branches, gates[-self.rows :].to(dtype))
+
+    def agrees(self, y: Tensor, function: Callable[[torch.dtype], Tensor]) -> bool:
+        return compare(y[-self.rows :], function(torch.float64), function(y.dtype)).ok
+
+    def selects(self, block_idx: Tensor, lse: Tensor) -> bool:
+        """The selection of the last rows is the reference's, or differs by blocks that score alike."""
+        arguments = (self.q.double(), self.k_cmp.double(), lse[-self.rows :].double(), self.plan)
+        score = reference.unpad(reference.block_scores(*arguments, scale=self.scale).transpose(1, 2), self.plan)
+        want = reference.select_blocks(*arguments, scale=self.scale)
+        return compare_selections(block_idx[-self.rows :], want, score).ok
 
 
 def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Row]:
     """Forward and backward of one contender. A shape that a contender cannot run is an error, not a gap."""
     y = work.call(*work.leaves)
-    ok = True
-    if work.golden:
-        exact, low = work.golden()
-        ok = compare(y[-exact.shape[0] :], exact, low).ok
+    with torch.no_grad():
+        ok = work.check(y)
     config = nsattn.NSAConfig()
     moved = sum(x.numel() * x.element_size() for x in (*work.leaves, y))
     selection = "random" if work.op in ("attend_selected",) else "own"

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from nsattn import dispatch
+from nsattn.checks import FLOATS
 from nsattn.environment import environment
 from nsattn.train.cli import record_selection, train
 
@@ -54,14 +55,9 @@ def why(
     impl: Annotated[str, typer.Option(help="what you would pass as impl=")] = "auto",
 ) -> None:
     """Which implementation a shape gets, and why not the others."""
-    try:
-        num_heads, num_kv_heads = (int(x) for x in heads.split("/"))
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError
-    except ValueError:
-        raise typer.BadParameter(f"heads must be Hq/Hkv with Hq a multiple of Hkv, got {heads!r}") from None
+    num_heads, num_kv_heads = _head_counts(heads)
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if kind not in FLOATS:
         raise typer.BadParameter(f"dtype must be bfloat16, float16, float32 or float64, got {dtype!r}")
     shape = dispatch.Shape(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -100,8 +96,28 @@ def bench(
     """Time every operation, forward and backward, beside dense attention."""
     from nsattn.bench import run
 
-    pairs = [tuple(int(x) for x in pair.split("/")) for pair in heads.split(",")]
-    run([int(t) for t in lengths.split(",")], pairs, out=out, echo=typer.echo)
+    run(_lengths(lengths), [_head_counts(pair) for pair in heads.split(",")], out=out, echo=typer.echo)
+
+
+def _head_counts(text: str) -> tuple[int, int]:
+    """(Hq, Hkv) of a text like 32/8."""
+    try:
+        num_heads, num_kv_heads = (int(x) for x in text.split("/"))
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"heads must be Hq/Hkv with Hq a multiple of Hkv, got {text!r}") from None
+    return num_heads, num_kv_heads
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(x) for x in text.split(",")]
+        if min(lengths) < 1:
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"lengths must be positive numbers like 8192,65536, got {text!r}") from None
+    return lengths
 
 
 def main() -> None:

@@ -1,0 +1,83 @@
+"""The `nsattn` command: info, why, verify, bench. The training commands are in test_train.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import nsattn
+from nsattn import dispatch
+from nsattn.cli import app
+from nsattn.verify import AXES, cells
+
+GPU = torch.cuda.is_available()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_info_lists_versions_equations_and_support():
+    result = run("info")
+    assert result.exit_code == 0
+    for text in (nsattn.__version__, torch.__version__, "Eq 11, 12", "kernels/attend_selected_kvmajor.py"):
+        assert text in result.output
+    assert dispatch.support_table() in result.output
+
+
+def test_why_names_the_choice_and_the_reasons():
+    result = run("why", "--heads", "40/8", "--device", "cuda")
+    assert result.exit_code == 0
+    assert "attend_selected: kvmajor" in result.output and "groups 17 to 64" in result.output
+    refused = run("why", "--heads", "4/4", "--head-dim", "72", "--device", "cuda")
+    assert "refused" in refused.output and "head dim D must be one of" in refused.output
+    assert "attend_window: reference" in run("why", "--dtype", "float32", "--device", "cuda").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("why", "--heads", "40"), "Hq/Hkv"),
+        (("why", "--heads", "5/2"), "Hq/Hkv"),
+        (("why", "--dtype", "int7"), "dtype must be"),
+        (("bench", "--heads", "x/4"), "heads must be"),
+        (("bench", "--lengths", "many"), "lengths must be"),
+    ],
+)
+def test_bad_arguments_end_with_2(arguments, text):
+    result = run(*arguments)
+    assert result.exit_code == 2 and text in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU here")
+def test_verify_without_a_gpu_says_that_nothing_was_verified(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    result = run("verify")
+    assert result.exit_code == 1 and "Nothing verified" in result.output
+
+
+def test_verify_covers_every_kernel_and_every_axis():
+    for device in ("cpu", "cuda"):
+        listed = list(cells(device))
+        kernels = {(op, impl) for op, impls in dispatch.TABLE.items() for impl, cell in impls.items() if cell.is_kernel}
+        assert {(c.operation, c.impl) for c in listed} == kernels
+        axes = {c.case.axis for c in listed}
+        assert axes == set().union(*AXES.values())
+        assert all(c.case.axis in AXES[c.operation] or c.case.name == "base" for c in listed)
+    groups = {c.case.group for c in cells("cuda") if c.operation == "attend_selected"}
+    assert groups >= {1, 2, 3, 4, 5, 7, 8, 16, 64}
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU here")
+def test_bench_without_a_gpu_times_the_reference_and_says_so(tmp_path):
+    out = tmp_path / "times.json"
+    result = run("bench", "--out", str(out))
+    assert result.exit_code == 0 and "No GPU" in result.output
+    content = json.loads(out.read_text())
+    rows = content["rows"]
+    assert content["environment"]["gpu"] == "none" and all(row["ok"] and row["ms"] > 0 for row in rows)
+    assert {"nsa_attention", "dense causal", "attend_selected"} <= {row["op"] for row in rows}
+    assert {row["impl"] for row in rows if row["who"] == "nsattn"} == {"reference"}
