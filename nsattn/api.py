@@ -297,7 +297,8 @@ def attend_selected(
         TypeError, ValueError, NotImplementedError: see the module's docstring.
 
     Numerics: float32 scores and accumulators; with `kvmajor` the N partial outputs of a row are rounded to the input
-        type before they are merged in float32. No atomics: gradients repeat bit for bit.
+        type before they are merged in float32. No atomics: gradients repeat bit for bit. Where not even one KV head
+        fits the workspace, dk and dv are added up in pieces of rows, and their last bits depend on the total length.
 
     Source: arXiv 2502.11089 section 3.3.2; `kvmajor` follows arXiv 2508.18224, `qmajor` the order of the former.
     """

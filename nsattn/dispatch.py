@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -119,8 +120,9 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
 def resolve(operation: str, impl: str, shape: Shape) -> str:
     """Name of the implementation that serves `operation` for `shape`.
 
-    `auto` takes the first cell in table order whose needs hold and whose `auto_groups` contain the group; float32 and
-    float64, and tensors on a CPU, get the reference. `triton` means any kernel of the operation.
+    `auto` takes the first cell in table order whose needs hold and whose `auto_groups` contain the group. Tensors on a
+    CPU get the reference; so do float32 and float64 on a GPU, with a warning. `triton` means any kernel of the
+    operation.
 
     Raises:
         ValueError: an unknown name, or a size outside the range of the kernels.
@@ -137,7 +139,13 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
     kernels = [name for name, cell in cells.items() if cell.is_kernel]
     name = next((n for n in kernels if _prefers(cells[n], shape)), kernels[0])
     machine, limits = unmet(cells[name], shape)
-    if impl == "auto" and (machine or (shape.device == "cpu")):
+    if impl == "auto" and (machine or shape.device == "cpu"):
+        if shape.device == "cuda" and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{operation} in {shape.dtype} on a GPU runs the plain torch reference, whose memory grows with the "
+                "square of the length. Use bfloat16 or float16 (or autocast), or impl='reference' to mean it.",
+                stacklevel=2,
+            )
         return "reference"
     _refuse(operation, name, machine, limits)
     return name

@@ -223,7 +223,8 @@ def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
     assert dispatch.resolve("attend_selected", "qmajor", shape()) == "qmajor"
     assert dispatch.resolve("attend_window", "kvmajor", shape()) == "triton"
-    assert dispatch.resolve("attend_window", "auto", shape(dtype=torch.float32)) == "reference"
+    with pytest.warns(UserWarning, match="in torch.float32 on a GPU runs the plain torch reference"):
+        assert dispatch.resolve("attend_window", "auto", shape(dtype=torch.float32)) == "reference"
     assert dispatch.resolve("attend_window", "auto", shape(device="cpu")) == "reference"
     with pytest.raises(ValueError, match="at most 16384, got 20000"):
         dispatch.resolve("select_blocks", "auto", shape(max_blocks=20000))
