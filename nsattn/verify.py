@@ -220,8 +220,14 @@ class Cell:
     device: str
 
 
-def cells(device: str, *, quick: bool = False) -> Iterator[Cell]:
-    """Every kernel of the dispatch table on every case it may meet."""
+def cells(device: str, *, quick: bool = False, every_dtype: bool = False) -> Iterator[Cell]:
+    """Every kernel of the dispatch table on every case it may meet.
+
+    Args:
+        quick: the first case only.
+        every_dtype: all cases in both dtypes. By default the second, which takes the same path with other casts, is
+            checked on a few.
+    """
     cases = gpu_cases() if device == "cuda" else interpreter_cases()
     dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float16)
     for operation, impls in dispatch.TABLE.items():
@@ -231,8 +237,8 @@ def cells(device: str, *, quick: bool = False) -> Iterator[Cell]:
             for i, case in enumerate(cases[:1] if quick else cases):
                 if i and case.axis not in AXES[operation]:
                     continue
-                # The second dtype takes the same path with other casts: check it where most code runs.
-                for dtype in dtypes if i == 0 or case.name in ("hostile", "D=256", "G=5") else dtypes[:1]:
+                both = every_dtype or i == 0 or case.name in ("hostile", "D=256", "G=5")
+                for dtype in dtypes if both else dtypes[:1]:
                     yield Cell(operation, impl, case, dtype, device)
 
 

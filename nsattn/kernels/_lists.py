@@ -393,4 +393,5 @@ def selected_dkv(
         if by_rows and chunk.row1 == T:
             dk[:, chunk.head0 : chunk.head1] = sum_k
             dv[:, chunk.head0 : chunk.head1] = sum_v
+        del lists, dq_partials, slices  # before the next chunk allocates its own
     return dk, dv

@@ -152,6 +152,7 @@ def attend_selected(
             partials, partial_lse, lists.inverse, o, lse, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
             DVAL=Dv, BDV=BDV, G=G, N=N, UNROLL=min(N, 16), BR=BR, num_warps=2,
         )
+        del lists, partials, partial_lse  # before the next chunk allocates its own
     return o, lse
 
 
