@@ -5,6 +5,8 @@ Cases and checks are those of `nsattn.verify`; every kernel cell of `dispatch.TA
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -260,3 +262,66 @@ def test_more_than_2_31_elements():
             )
             assert_close(got[-16:], golden, low, f"{operation} {impl}")
             del got
+
+
+class PeakBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Largest number of bytes that were alive at once in storages made under this mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.skipif(GPU, reason="test_scratch_on_the_gpu measures the allocator")
+def test_scratch_of_the_selected_branch_stays_within_the_workspace():
+    """Chunks do not overlap in memory: with a small workspace the peak is that of one chunk, not of two."""
+    config = NSAConfig(8, 4, 16, 8, 7)
+    x = make_inputs((256,), num_kv_heads=2, group=4, head_dim=32, config=config, dtype=torch.float16, slack=0)
+    selection = random_selection(x.plan, 2)
+    workspace = 1 << 20
+    o, lse = reference.attend_selected(x.q, x.k, x.v, selection, x.plan, scale=x.scale)
+    kernels = dispatch.load("attend_selected", "kvmajor")
+    options = {"scale": x.scale, "workspace": workspace}
+    inputs = (x.q, x.k, x.v)
+    for run, outputs in (
+        (lambda: kernels.attend_selected(*inputs, selection, x.plan, **options), (o, lse)),
+        (lambda: kernels.attend_selected_bwd(x.q, None, *inputs, o, lse, selection, x.plan, **options), (*inputs, lse)),
+    ):
+        with PeakBytes() as memory:
+            run()
+        scratch = memory.peak - sum(t.numel() * t.element_size() for t in outputs)
+        # Float32 sums of dK and dV of one head, and the tables of the lists, come on top.
+        assert workspace // 4 < scratch <= workspace + (256 << 10), scratch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace", [1 << 28, 1 << 30])
+def test_scratch_on_the_gpu(workspace):
+    """Peak memory beyond inputs and outputs: the workspace and 64 MiB, or what one pass needs if that is less."""
+    x = make_inputs((32768,), num_kv_heads=4, group=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    selection = random_selection(x.plan, 4)
+    leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
+    options = {"scale": x.scale, "workspace": workspace, "impl": "kvmajor"}
+    o, _ = branches.attend_selected(*leaves, selection, x.plan, **options)
+    for run in (
+        lambda: branches.attend_selected(*leaves, selection, x.plan, **options),
+        lambda: torch.autograd.grad(o, leaves, x.q.detach(), retain_graph=True),
+    ):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        outputs = sum(t.numel() * t.element_size() for t in results)
+        assert torch.cuda.max_memory_allocated() - before - outputs <= workspace + (96 << 20)
