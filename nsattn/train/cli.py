@@ -93,7 +93,7 @@ def train(
 @_errors_in_one_line
 def record_selection(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run of nsattn train")],
-    out: Annotated[Path, typer.Option(help="safetensors file to write")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write; .safetensors.xz compresses it")],
     lengths: Annotated[str, typer.Option(help="bytes of text, comma separated")] = "8192,32768",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     impl: Annotated[str, typer.Option(help="which implementation of NSA, as impl= in the library")] = "auto",
