@@ -43,7 +43,7 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str) 
         return _product(x, *params, units, plan.total_cmp)
     if method == "mlp":
         *_, w2, b2 = params
-        act = F.silu(_hidden(x, params, units, plan))
+        act = F.silu(_hidden(x, params, units, plan)).to(x.dtype)
         return _product(act, w2[:, None], b2, _row_units(units), plan.total_cmp)
     return _pool(x, params, units, plan, x.dtype)[0]
 
@@ -56,8 +56,8 @@ def compress_bwd(
         return x.new_zeros(x.shape), *(torch.zeros_like(p) for p in params)
     units = _units(plan)
     if method == "linear":
-        dx, dw, db = _product_bwd(dy, x, params[0], units, plan, plan.config.cmp_stride)
-        dparams = (dw, db)
+        dx, dw = _product_bwd(dy, x, params[0], units, plan.config.cmp_stride, x.dtype)
+        dparams = (dw, _sum_rows(dy, plan))
     elif method == "mlp":
         dx, *dparams = _mlp_bwd(dy, x, params, units, plan)
     else:
@@ -66,11 +66,12 @@ def compress_bwd(
 
 
 def _hidden(x: Tensor, params: tuple[Tensor, ...], units: Tensor, plan: Plan) -> Tensor:
-    """First layer of `mlp` before its activation. sum_j pe[j] @ w1[j] is the same for every row: a bias."""
+    """First layer of `mlp` before its activation, not rounded to x.dtype: few rows, and its rounding would add up in
+    the bias gradients. sum_j pe[j] @ w1[j] is the same for every row: a bias."""
     pe, w1, b1, *_ = params
     acc = lse_dtype(x)
     bias = b1.to(acc) + torch.einsum("hji,hjif->hf", pe.to(acc), w1.to(x.dtype).to(acc))
-    return _product(x, w1, bias, units, plan.total_cmp)
+    return _product(x, w1, bias, units, plan.total_cmp, acc)
 
 
 def _mlp_bwd(
@@ -80,13 +81,14 @@ def _mlp_bwd(
     pe, w1, _, w2, _ = params
     acc = lse_dtype(x)
     hidden = _hidden(x, params, units, plan)
-    dact, dw2, db2 = _product_bwd(dy, F.silu(hidden), w2[:, None], _row_units(units), plan, 1)
+    dact, dw2 = _product_bwd(dy, F.silu(hidden).to(x.dtype), w2[:, None], _row_units(units), 1, acc)
     dhidden = torch.ops.aten.silu_backward(dact, hidden)
-    dx, dw1, db1 = _product_bwd(dhidden, x, w1, units, plan, plan.config.cmp_stride)
+    dx, dw1 = _product_bwd(dhidden.to(x.dtype), x, w1, units, plan.config.cmp_stride, x.dtype)
+    db1 = _sum_rows(dhidden, plan)
     # pe[j] adds to every block: its gradient and its part of dw1 need only the sum over rows, which is db1.
     dpe = torch.einsum("hjif,hf->hji", w1.to(x.dtype).to(acc), db1)
     dw1.addcmul_(pe.to(acc)[..., None], db1[:, None, None])
-    return dx, dpe, dw1, db1, dw2[:, 0], db2
+    return dx, dpe, dw1, db1, dw2[:, 0], _sum_rows(dy, plan)
 
 
 # Units
@@ -238,10 +240,12 @@ def _product_knobs(x: Tensor, rows: int, cols: int, depth: int) -> dict[str, int
     }
 
 
-def _product(x: Tensor, w: Tensor, b: Tensor, units: Tensor, rows: int) -> Tensor:
+def _product(
+    x: Tensor, w: Tensor, b: Tensor, units: Tensor, rows: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """y [rows, Hkv, Dout] of x [*, Hkv, D], w [Hkv, l, D, Dout], b [Hkv, Dout]; rows without a unit are 0."""
     heads, l, d_in, d_out = w.shape
-    y = x.new_zeros(rows, heads, d_out)
+    y = x.new_zeros(rows, heads, d_out, dtype=dtype)
     knobs = _product_knobs(x, 128, d_out, d_in)
     grid = (triton.cdiv(units.shape[1], knobs["BM"]), triton.cdiv(d_out, knobs["BN"]), heads)
     _product_fwd[grid](
@@ -252,13 +256,13 @@ def _product(x: Tensor, w: Tensor, b: Tensor, units: Tensor, rows: int) -> Tenso
 
 
 def _product_bwd(
-    dy: Tensor, x: Tensor, w: Tensor, units: Tensor, plan: Plan, stride: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in x.dtype; dw and db in the accumulator's dtype."""
+    dy: Tensor, x: Tensor, w: Tensor, units: Tensor, stride: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx in `dtype`, dw in the accumulator's."""
     heads, l, d_in, d_out = w.shape
     num_units = units.shape[1]
     acc = lse_dtype(x)
-    dx = x.new_zeros(x.shape)
+    dx = x.new_zeros(x.shape, dtype=dtype)
     knobs = _product_knobs(x, 128, d_in, d_out)
     grid = (triton.cdiv(num_units, knobs["BM"]), stride * triton.cdiv(d_in, knobs["BN"]), heads)
     _product_dx[grid](
@@ -277,9 +281,13 @@ def _product_bwd(
         dy, x, dw, units, num_units, x.stride(0), x.stride(1), triton.cdiv(steps, splits),
         HKV=heads, L=l, D=d_in, DOUT=d_out, **knobs,
     )  # fmt: skip
+    return dx, dw.sum(dim=0) if splits > 1 else dw[0]
+
+
+def _sum_rows(dy: Tensor, plan: Plan) -> Tensor:
+    """Gradient of a bias: dy summed over the rows that exist, in the accumulator's dtype."""
     real = torch.arange(dy.shape[0], device=dy.device) < plan.cu_cmp[-1]
-    db = torch.where(real[:, None, None], dy, 0).sum(dim=0, dtype=acc)
-    return dx, dw.sum(dim=0) if splits > 1 else dw[0], db
+    return torch.where(real[:, None, None], dy, 0).sum(dim=0, dtype=lse_dtype(dy))
 
 
 # mean, gated
