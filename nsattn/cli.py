@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Times, beside what a user would run instead.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 app.command()(train)
 app.command("record-selection")(record_selection)
 
@@ -87,16 +90,50 @@ def verify(
     raise typer.Exit(0 if run(quick=quick, echo=typer.echo) else 1)
 
 
-@app.command()
-def bench(
+@bench.command("attention")
+def bench_attention(
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,32768,65536",
     heads: Annotated[str, typer.Option(help="Hq/Hkv pairs, comma separated")] = "4/4,16/4,32/8,40/8,64/4",
     out: Annotated[str, typer.Option(help="JSON file for the results")] = "",
 ) -> None:
     """Time every operation, forward and backward, beside dense attention."""
-    from nsattn.bench import run
+    from nsattn.bench import run_attention
 
-    run(_lengths(lengths), [_head_counts(pair) for pair in heads.split(",")], out=out, echo=typer.echo)
+    run_attention(_lengths(lengths), [_head_counts(pair) for pair in heads.split(",")], out=out, echo=typer.echo)
+
+
+@bench.command("selected")
+def bench_selected(
+    only: Annotated[
+        str, typer.Option(help="sets of shapes of nsattn/bench/cases.py, comma separated; default: all")
+    ] = "",
+    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
+    rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th shape from the i-th on, counted from 0")] = "0/1",
+    check: Annotated[bool, typer.Option("--check", help="check every contender, time none")] = False,
+) -> None:
+    """Time selected attention, forward and backward, beside other projects' kernels."""
+    from nsattn.bench import run_selected
+
+    try:
+        run_selected(
+            only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, echo=typer.echo
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@bench.command("plot")
+def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected")]) -> None:
+    """Draw time against the group and against the length, as PNG beside the results."""
+    from nsattn.bench.plots import draw
+
+    try:
+        for picture in draw(results):
+            typer.echo(str(picture))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _head_counts(text: str) -> tuple[int, int]:
@@ -118,6 +155,17 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         raise typer.BadParameter(f"lengths must be positive numbers like 8192,65536, got {text!r}") from None
     return lengths
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """(i, n) of a text like 0/3."""
+    try:
+        index, count = (int(x) for x in text.split("/"))
+        if not 0 <= index < count:
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"shard must be i/n with i from 0 to n-1, got {text!r}") from None
+    return index, count
 
 
 def main() -> None:

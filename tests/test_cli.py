@@ -43,8 +43,11 @@ def test_why_names_the_choice_and_the_reasons():
         (("why", "--heads", "40"), "Hq/Hkv"),
         (("why", "--heads", "5/2"), "Hq/Hkv"),
         (("why", "--dtype", "int7"), "dtype must be"),
-        (("bench", "--heads", "x/4"), "heads must be"),
-        (("bench", "--lengths", "many"), "lengths must be"),
+        (("bench", "attention", "--heads", "x/4"), "heads must be"),
+        (("bench", "attention", "--lengths", "many"), "lengths must be"),
+        (("bench", "selected", "--only", "everything"), "sets are target"),
+        (("bench", "selected", "--shard", "2/2"), "shard must be"),
+        (("bench", "plot", "nothing.json"), "is not a results file"),
     ],
 )
 def test_bad_arguments_end_with_2(arguments, text):
@@ -74,10 +77,27 @@ def test_verify_covers_every_kernel_and_every_axis():
 @pytest.mark.skipif(GPU, reason="there is a GPU here")
 def test_bench_without_a_gpu_times_the_reference_and_says_so(tmp_path):
     out = tmp_path / "times.json"
-    result = run("bench", "--out", str(out))
+    result = run("bench", "attention", "--out", str(out))
     assert result.exit_code == 0 and "No GPU" in result.output
     content = json.loads(out.read_text())
     rows = content["rows"]
     assert content["environment"]["gpu"] == "none" and all(row["ok"] and row["ms"] > 0 for row in rows)
     assert {"nsa_attention", "dense causal", "attend_selected"} <= {row["op"] for row in rows}
     assert {row["impl"] for row in rows if row["who"] == "nsattn"} == {"reference"}
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU here")
+def test_bench_selected_without_a_gpu_times_the_reference_and_says_so(tmp_path):
+    out = tmp_path / "selected.json"
+    result = run("bench", "selected", "--out", str(out), "--peers", str(tmp_path))
+    assert result.exit_code == 0 and "No GPU" in result.output
+    content = json.loads(out.read_text())
+    assert all(row["ok"] and row["ms"] > 0 and row["set"] == "tiny" for row in content["rows"])
+    assert {(row["who"], row["impl"]) for row in content["rows"]} == {
+        ("nsattn", "reference"),
+        ("nsattn", "auto"),
+        ("torch", "math"),
+    }
+    assert {note["who"] for note in content["not_run"] if not note["case"]} == {"fsa", "nsa_ref", "sfnsa", "fla"}
+    drawn = run("bench", "plot", str(out))
+    assert drawn.exit_code == 0 and (tmp_path / "selected_groups_16x3.png").exists()

@@ -1,19 +1,9 @@
-"""`nsattn bench`: times of every operation, forward and backward, beside dense attention in the same run.
-
-Each contender is checked against the reference before its time counts. Timing: device events, a
-cold L2 cache (triton's `do_bench` clears it before every call), the median with the 20th and 80th percentile, and a
-pause before each measurement, because these kernels run into the power limit and drift when timed back to back.
-
-The floor of a row is arithmetic: useful FLOPs (selected keys only, causal halves counted once) at the matrix rate and
-unique bytes (each input read once, each output written once) at the copy rate that were measured on an H200.
-"""
+"""`nsattn bench attention`: times of every operation, forward and backward, beside dense attention in the same run."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +13,13 @@ from torch import Tensor
 
 import nsattn
 from nsattn import dispatch
-from nsattn.environment import commit, environment
+from nsattn.bench.timing import Row, floor_ms, interleave, peak_beyond, read_rows, save
+from nsattn.environment import commit
 from nsattn.kernels import reference
 from nsattn.plan import Plan, make_plan
 from nsattn.testing import compare, compare_selections, make_compression, random_selection
 
-PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
-PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
 CHECKED_ROWS = 64
-PAUSE = 0.15
-
-
-@dataclass
-class Row:
-    """One time. `floor_ms`, `peak_gib` (memory beyond the inputs) and `ok` (the check) belong to it."""
-
-    who: str
-    op: str
-    impl: str
-    T: int
-    Hq: int
-    Hkv: int
-    D: int
-    Dv: int
-    B: int
-    N: int
-    selection: str
-    direction: str
-    ms: float
-    p20: float
-    p80: float
-    floor_ms: float
-    peak_gib: float
-    ok: bool
-    commit: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +65,7 @@ def _run(*, lengths, heads, head_dim, device, out, echo) -> list[Row]:
                         f"{'ok' if row.ok else 'WRONG'}"
                     )
             if out:
-                _save(rows, out)
+                save(rows, out)
     return rows
 
 
@@ -274,69 +237,40 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
             )
         )
     for direction, call, flops, size in calls:
-        ms, p20, p80, peak = _measure(call, device, no_grad=direction == "forward")
-        floor = max(flops / PEAK_FLOPS, size / PEAK_BYTES) * 1e3
+        with torch.set_grad_enabled(direction == "backward"):
+            call()
+            _, peak = peak_beyond(call, device)
+            [(ms, p20, p80)] = interleave([call], device, rounds=1)
         rows.append(
             Row(
-                work.who,
-                work.op,
-                work.impl,
-                T,
-                Hq,
-                Hkv,
-                D,
-                D,
-                config.slc_block,
-                config.num_selected,
-                selection,
-                direction,
-                ms,
-                p20,
-                p80,
-                floor,
-                peak / 2**30,
-                ok,
-                commit(),
+                who=work.who,
+                op=work.op,
+                impl=work.impl,
+                T=T,
+                Hq=Hq,
+                Hkv=Hkv,
+                D=D,
+                Dv=D,
+                B=config.slc_block,
+                N=config.num_selected,
+                selection=selection,
+                direction=direction,
+                ms=ms,
+                p20=p20,
+                p80=p80,
+                floor_ms=floor_ms(flops, size),
+                peak_gib=peak,
+                ok=ok,
+                commit=commit(),
+                dtype=str(work.leaves[0].dtype).removeprefix("torch."),
             )
         )
     return rows
 
 
-def _measure(call: Callable[[], object], device: str, *, no_grad: bool) -> tuple[float, float, float, int]:
-    """Median, 20th and 80th percentile in ms, and peak memory beyond what was allocated before."""
-    with torch.set_grad_enabled(not no_grad):
-        if device == "cpu":
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - start) * 1e3)
-            times.sort()
-            return times[2], times[1], times[3], 0
-        import triton
-
-        call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        time.sleep(PAUSE)
-        times: Any = triton.testing.do_bench(call, warmup=5, rep=20, quantiles=[0.5, 0.2, 0.8])
-        return times[0], times[1], times[2], peak
-
-
-def _save(rows: list[Row], out: str) -> None:
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-
-
 def summary(path: str | Path) -> str:
     """The README's table of times, in markdown, from a results file: whole attention and the selected branch, in ms."""
-    content = json.loads(Path(path).read_text())
-    times = {(r["Hq"], r["Hkv"], r["T"], r["op"], r["impl"], r["direction"]): r["ms"] for r in content["rows"]}
+    times = {(r.Hq, r.Hkv, r.T, r.op, r.impl, r.direction): r.ms for r in read_rows(path)}
     columns = (
         ("nsa_attention", "auto"),
         ("dense causal", "cudnn"),

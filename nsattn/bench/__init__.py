@@ -1,0 +1,19 @@
+"""`nsattn bench`: times beside what a user would run instead, each result checked before it is timed.
+
+attention: every operation, forward and backward, beside dense attention.
+selected:  selected attention alone, over the shapes of `cases.py`, beside the peers of `peers/`.
+plot:      the pictures of a results file.
+
+Timing (`timing.py`): device events, a cold L2 cache, medians with the 20th and 80th percentile, and a pause before each
+measurement, because these kernels run into the power limit and drift when timed back to back.
+
+The floor of a row is arithmetic: useful FLOPs (selected keys only, causal halves counted once) at the matrix rate and
+unique bytes (each input read once, each output written once) at the copy rate that were measured on an H200.
+"""
+
+from nsattn.bench.attention import run as run_attention
+from nsattn.bench.attention import summary
+from nsattn.bench.selected import run as run_selected
+from nsattn.bench.selected import summary as selected_summary
+
+__all__ = ["run_attention", "run_selected", "selected_summary", "summary"]

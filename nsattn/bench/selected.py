@@ -1,0 +1,350 @@
+"""`nsattn bench selected`: selected attention alone, forward and backward, beside what other projects take.
+
+For every case of `cases.py` each contender is checked, then all are timed in turn: our implementations by the names of
+`dispatch.TABLE`, `auto`, and the peers of `peers/`. Inverting the selection, merging and all scratch are part of a
+time; bringing the selection into a peer's own form is not. Backward is the autograd backward alone.
+
+The check compares the output of the last rows with the reference, and the gradients of a loss that reads these rows
+alone. What fails it is timed and marked; what is missing, refuses a shape or raises is listed under `not_run`.
+
+Up to 16384 tokens the host's launches rule a time, so contenders that never wait for the device are timed once more
+as CUDA graphs (`impl` ends with "graph").
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import nsattn
+from nsattn import dispatch
+from nsattn.bench import peers
+from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, target_ms
+from nsattn.bench.peers import Call, Problem
+from nsattn.bench.timing import Row, floor_ms, interleave, merge, peak_beyond, read_rows, save
+from nsattn.bench.truth import Truth
+from nsattn.environment import commit
+from nsattn.plan import make_plan
+
+OURS = "nsattn"
+GRAPH_TOKENS = 16384
+
+Echo = Callable[[str], None]
+Loaded = dict[peers.Peer, str]  # peers that are here, and the variant found
+
+
+def run(
+    *,
+    only: str = "",
+    out: str = "",
+    folder: Path = Path("peers"),
+    rounds: int = 2,
+    shard: tuple[int, int] = (0, 1),
+    check_only: bool = False,
+    echo: Echo,
+) -> list[Row]:
+    """Check and time cases and write them as JSON. Rows that `out` already holds are kept unless timed again.
+
+    Args:
+        only: comma-separated names of sets, default all.
+        out: results file; an empty text writes none.
+        folder: where checkouts of peers lie.
+        rounds: how often the contenders of a case are measured in turn.
+        shard: (i, n) takes every n-th case from the i-th on, to split a run.
+        check_only: check every contender and time none. It also fills Triton's cache, in as many processes as shards.
+
+    Returns:
+        The new rows.
+    """
+    cases = choose(only)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        echo("No GPU: timing the reference at tiny sizes. These numbers say nothing about the kernels.")
+        cases = [("tiny", case) for case in TINY]
+    loaded, not_run = _load(folder, device)
+    for note in not_run:
+        echo(f"{note['who']} is not here: {note['reason']}")
+    rows: list[Row] = []
+    done: list[Case] = []
+    for name, case in cases[shard[0] :: shard[1]]:
+        start = time.perf_counter()
+        new, notes = _bench(name, case, loaded, device, rounds=0 if check_only else rounds, echo=echo)
+        rows += new
+        not_run += notes
+        done.append(case)
+        for note in notes:
+            echo(f"  {note['who']} {note['impl']} not run: {note['reason']}")
+        echo(f"[{name}] {case}: {time.perf_counter() - start:.1f} s")
+        if out and not check_only:
+            save(merge(rows, out), out, not_run=_merge_notes(not_run, done, out))
+    return rows
+
+
+def _load(folder: Path, device: str) -> tuple[Loaded, list[dict[str, str]]]:
+    """Peers that are on this machine, and why the others are not."""
+    loaded: Loaded = {}
+    missing = []
+    for name in peers.NAMES:
+        peer = peers.peer(name)
+        try:
+            if device == "cpu" and name != "dense":
+                raise peers.Missing("needs a GPU")
+            loaded[peer] = peer.load(folder)
+        except peers.Missing as error:
+            missing.append(_note(peer.WHO, "", "", str(error)))
+    return loaded, missing
+
+
+def _note(who: str, impl: str, case: object, reason: str) -> dict[str, str]:
+    return {"who": who, "impl": impl, "case": str(case), "reason": reason}
+
+
+def _merge_notes(notes: list[dict[str, str]], cases: Sequence[Case], out: str) -> list[dict[str, str]]:
+    """`notes` on these cases and on missing peers, and what `out` holds on other cases."""
+    older = json.loads(Path(out).read_text()).get("not_run", []) if Path(out).exists() else []
+    met = {"", *map(str, cases)}
+    return [note for note in older if note["case"] not in met] + notes
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that computes a problem."""
+
+    who: str
+    impl: str
+    op: str
+    make: Callable[[], Call]  # brings the selection into its form
+    captures: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time, and what its row says beside the time."""
+
+    contender: Contender
+    impl: str
+    direction: str
+    call: Callable[[], object]
+    peak_gib: float
+    ok: bool
+
+
+def make_problem(case: Case, device: str) -> Problem:
+    """Seeded normal inputs, the plan and the selection of a case.
+
+    Raises:
+        ValueError: the case's selection was never recorded at this length.
+    """
+    dtype = getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int, dim: int) -> Tensor:
+        return torch.randn(case.tokens, heads, dim, generator=generator, device=device, dtype=dtype).requires_grad_()
+
+    # The window plays no part but for dense attention, whose reference is a window of the whole sequence.
+    config = nsattn.NSAConfig(slc_block=case.block, num_selected=case.num_selected, window=case.length)
+    cu = torch.arange(case.sequences + 1, dtype=torch.int32, device=device) * case.length
+    plan = make_plan(cu, case.tokens, config=config, max_seqlen=case.length)
+    selection = SELECTIONS[case.selection](plan, case.num_kv_heads)
+    q = normal(case.num_heads, case.head_dim)
+    k, v = normal(case.num_kv_heads, case.head_dim), normal(case.num_kv_heads, case.v_head_dim)
+    return Problem(case, q, k, v, selection, plan)
+
+
+def _contenders(problem: Problem, loaded: Loaded) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Who can compute a problem, and why the others cannot."""
+    case, plan = problem.case, problem.plan
+    found, notes = [], []
+    device = problem.q.device.type
+    shape = dispatch.Shape(device, problem.q.dtype, case.head_dim, case.v_head_dim, case.group, max_blocks=plan.max_blk)
+    for impl, cell in (*dispatch.TABLE["attend_selected"].items(), ("auto", None)):
+        if cell is not None and cell.is_kernel != (device == "cuda"):
+            continue
+        reasons = [] if cell is None else sum(dispatch.unmet(cell, shape), [])
+        if reasons:
+            notes.append(_note(OURS, impl, case, "; ".join(reasons)))
+            continue
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, impl: str = impl) -> Tensor:
+            o = nsattn.attend_selected(q, k, v, problem.selection, plan=plan, impl=impl)
+            assert isinstance(o, Tensor)
+            return o
+
+        found.append(Contender(OURS, impl, "attend_selected", lambda ours=ours: ours, captures=True))
+    for peer, variant in loaded.items() if case.peers else ():
+        if reason := peer.refuses(case):
+            notes.append(_note(peer.WHO, variant, case, reason))
+            continue
+        op = getattr(peer, "OP", "attend_selected")
+        found.append(Contender(peer.WHO, variant, op, lambda peer=peer: peer.prepare(problem), peer.CAPTURES))
+    return found, notes
+
+
+def _bench(
+    name: str, case: Case, loaded: Loaded, device: str, *, rounds: int, echo: Echo
+) -> tuple[list[Row], list[dict[str, str]]]:
+    """Rows of one case, and what was not run."""
+    try:
+        problem = make_problem(case, device)
+    except (ValueError, ImportError) as error:
+        return [], [_note(OURS, "", case, f"no such selection here: {error}")]
+    contenders, notes = _contenders(problem, loaded)
+    truths = {op: Truth(problem, op) for op in sorted({c.op for c in contenders})}
+    dy = torch.randn_like(problem.q[..., :1]).expand(-1, -1, case.v_head_dim).contiguous()
+    jobs: list[Job] = []
+    for contender in contenders:
+        try:
+            call = contender.make()
+            ok = truths[contender.op].check(call)
+            if not rounds:
+                echo(f"  {contender.who:8} {contender.impl:18} forward {_word(ok[0])}, backward {_word(ok[1])}")
+                continue
+            jobs += _jobs(contender, call, problem, dy, ok)
+            if device == "cuda" and contender.captures and case.tokens <= GRAPH_TOKENS:
+                replays = _captured(call, problem, dy)
+                jobs += [
+                    replace(job, impl=f"{job.impl} graph", call=r) for job, r in zip(jobs[-2:], replays, strict=True)
+                ]
+        except Exception as error:  # noqa: BLE001  whatever a contender raises is its result; the others go on
+            notes.append(_note(contender.who, contender.impl, case, f"{type(error).__name__}: {str(error)[:300]}"))
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises if the device is lost
+    pairs = {
+        "attend_selected": selected_keys(problem.selection, problem.plan) * case.group,
+        "dense causal": case.tokens * (case.length + 1) // 2 * case.num_heads,
+    }
+    rows = []
+    for job, (ms, p20, p80) in zip(jobs, interleave([job.call for job in jobs], device, rounds), strict=True):
+        op = job.contender.op
+        rows.append(
+            Row(
+                who=job.contender.who,
+                op=op,
+                impl=job.impl,
+                T=case.tokens,
+                Hq=case.num_heads,
+                Hkv=case.num_kv_heads,
+                D=case.head_dim,
+                Dv=case.v_head_dim,
+                B=case.block,
+                N=case.num_selected,
+                selection=case.selection if op == "attend_selected" else "all",
+                direction=job.direction,
+                ms=ms,
+                p20=p20,
+                p80=p80,
+                floor_ms=_floor(problem, op, pairs[op], job.direction),
+                peak_gib=job.peak_gib,
+                ok=job.ok,
+                commit=commit(),
+                dtype=case.dtype,
+                sequences=case.sequences,
+                set=name,
+            )
+        )
+        target = target_ms(case, job.direction) if op == "attend_selected" else None
+        echo(
+            f"  {job.contender.who:8} {job.impl:18} {job.direction:8} {ms:9.3f} ms ({p20:.3f} to {p80:.3f})  "
+            f"floor {rows[-1].floor_ms:7.3f}  {'' if target is None else f'target {target:7.3f}':14}  "
+            f"{job.peak_gib:6.2f} GiB  {_word(job.ok)}"
+        )
+    del problem, contenders, truths, jobs, dy
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows, notes
+
+
+def _word(ok: bool) -> str:
+    return "ok" if ok else "WRONG"
+
+
+def _floor(problem: Problem, op: str, pairs: int, direction: str) -> float:
+    """Useful FLOPs or unique bytes, the longer: backward has 5 products instead of 2 and moves q, k, v, o twice."""
+    case = problem.case
+    inputs = sum(x.numel() for x in (problem.q, problem.k, problem.v)) + problem.q.shape[:-1].numel() * case.v_head_dim
+    moved = inputs * problem.q.element_size() * (1 if direction == "forward" else 2)
+    if op == "attend_selected":
+        moved += problem.selection.numel() * problem.selection.element_size()
+    return floor_ms(2 * (case.head_dim + case.v_head_dim) * pairs * (1 if direction == "forward" else 2.5), moved)
+
+
+def _jobs(contender: Contender, call: Call, problem: Problem, dy: Tensor, ok: tuple[bool, bool]) -> list[Job]:
+    """Forward and backward of a contender."""
+    leaves = (problem.q, problem.k, problem.v)
+    device = problem.q.device.type
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(*leaves)
+
+    peak = peak_beyond(forward, device)[1]
+    base = torch.cuda.memory_allocated() if device == "cuda" else 0
+    y = call(*leaves)
+    base += y.numel() * y.element_size()  # y is an input of the backward; what else the forward keeps is scratch
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    return [
+        Job(contender, contender.impl, "forward", forward, peak, ok[0]),
+        Job(contender, contender.impl, "backward", backward, peak_beyond(backward, device, base)[1], ok[1]),
+    ]
+
+
+def _captured(call: Call, problem: Problem, dy: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Replays of the forward and of the backward as CUDA graphs.
+
+    Autograd works on the stream where a leaf was first used and where the forward ran. A capture may meet no other
+    stream, so all of it, with leaves of its own, is on one.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    with torch.cuda.stream(stream):
+        y = call(*leaves)
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    torch.cuda.synchronize()
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(forward, stream=stream):
+        call(*leaves)
+    with torch.cuda.graph(backward, stream=stream):
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    def replay_backward() -> None:
+        assert y.grad_fn is not None  # y holds what the captured backward reads
+        backward.replay()
+
+    return forward.replay, replay_backward
+
+
+def summary(path: str | Path) -> str:
+    """The target table in markdown, from a results file: milliseconds forward / backward at T=65536, 4 KV heads."""
+    rows = [row for row in read_rows(path) if row.set == "target"]
+    columns = [(OURS, "auto"), *((peers.peer(name).WHO, "") for name in peers.NAMES)]
+    heads = (f"{who} `{impl}`" if impl else who for who, impl in columns)
+    lines = [f"| (B, N) | G | target | {' | '.join(heads)} |", "|---|--:" + "|--:" * (len(columns) + 1) + "|"]
+    for B, N, group in sorted({(row.B, row.N, row.Hq // row.Hkv) for row in rows}):
+        here = [row for row in rows if (row.B, row.N, row.Hq // row.Hkv) == (B, N, group)]
+        case = Case(group=group, block=B, num_selected=N, slack=1.0)
+        cells = [_pair(target_ms(case, "forward"), target_ms(case, "backward"), True)]
+        for who, impl in columns:
+            mine = {r.direction: r for r in here if r.who == who and impl in ("", r.impl)}
+            forward, backward = (mine[d].ms if d in mine else None for d in ("forward", "backward"))
+            cells.append(_pair(forward, backward, all(r.ok for r in mine.values())))
+        lines.append(f"| ({B}, {N}) | {group} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _pair(forward: float | None, backward: float | None, ok: bool) -> str:
+    """Two times as text, marked where the result is wrong."""
+    if forward is None and backward is None:
+        return ""
+    return " / ".join("" if x is None else f"{x:.2f}" for x in (forward, backward)) + ("" if ok else " (wrong)")

@@ -1,0 +1,155 @@
+"""How times are taken, and the rows of a results file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsattn.environment import environment
+
+PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
+PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
+PAUSE = 0.15  # seconds before each measurement
+WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
+MOST_CALLS = 200
+CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
+
+
+@dataclass
+class Row:
+    """One time. `floor_ms`, `peak_gib` (memory beyond inputs and outputs) and `ok` (the check) belong to it."""
+
+    who: str
+    op: str
+    impl: str
+    T: int
+    Hq: int
+    Hkv: int
+    D: int
+    Dv: int
+    B: int
+    N: int
+    selection: str
+    direction: str
+    ms: float
+    p20: float
+    p80: float
+    floor_ms: float
+    peak_gib: float
+    ok: bool
+    commit: str
+    dtype: str = "bfloat16"
+    sequences: int = 1  # T tokens in so many sequences of one length
+    set: str = ""  # the set of `cases.py` that asked for it
+
+
+# A row of a later run replaces the one that agrees in these.
+KEY = (
+    *("who", "op", "impl", "T", "Hq", "Hkv", "D", "Dv", "B", "N"),
+    *("selection", "direction", "dtype", "sequences", "set"),
+)
+
+
+def floor_ms(flops: float, moved: float) -> float:
+    """Least time for so many FLOPs and bytes of memory traffic."""
+    return max(flops / PEAK_FLOPS, moved / PEAK_BYTES) * 1e3
+
+
+def interleave(calls: Sequence[Callable[[], object]], device: str, rounds: int = 2) -> list[tuple[float, float, float]]:
+    """(median, 20th, 80th percentile) in ms of each call. Every round measures all of them in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seen in zip(calls, times, strict=True):
+            seen += _sample(call) if device == "cuda" else _sample_cpu(call)
+    return [percentiles(seen) for seen in times]
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return statistics.median(times), cuts[1], cuts[7]
+
+
+def _sample(call: Callable[[], object]) -> list[float]:
+    """Times of some calls in ms, by device events, each on a cold L2, after a pause and a warm-up."""
+    cache = torch.empty(CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+    torch.cuda.synchronize()
+    time.sleep(PAUSE)
+    start, end = timed()
+    torch.cuda.synchronize()
+    estimate = max(start.elapsed_time(end), 1e-3)
+    for _ in range(min(MOST_CALLS, round(WARM_MS / estimate))):
+        timed()
+    events = [timed() for _ in range(min(MOST_CALLS, max(1, round(MEASURE_MS / estimate))))]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _sample_cpu(call: Callable[[], object]) -> list[float]:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def peak_beyond(call: Callable[[], Any], device: str, base: int | None = None) -> tuple[Any, float]:
+    """(result, GiB) of a call: its peak beyond `base` bytes (default: what is allocated now) and its result."""
+    if device != "cuda":
+        return call(), 0.0
+    torch.cuda.synchronize()
+    base = torch.cuda.memory_allocated() if base is None else base
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    outputs = result if isinstance(result, tuple) else (result,)
+    size = sum(x.numel() * x.element_size() for x in outputs)
+    return result, max(0, torch.cuda.max_memory_allocated() - base - size) / 2**30
+
+
+def save(rows: Iterable[Row], out: str, **more: object) -> None:
+    """Write the rows and where they come from as JSON."""
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(), **more, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def merge(rows: Sequence[Row], out: str) -> list[Row]:
+    """The rows of file `out`, if it exists, without those that `rows` replaces, then `rows`."""
+    new = {tuple(getattr(row, name) for name in KEY) for row in rows}
+    older = read_rows(out) if Path(out).exists() else []
+    return [row for row in older if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a results file.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another kind.
+    """
+    known = {field.name for field in fields(Row)}
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+        return [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results file of nsattn bench ({error}). Make it again.") from error

@@ -1,0 +1,273 @@
+"""`nsattn bench selected`: cases, floors, check, peers, results file and pictures. The commands are in test_cli.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nsattn
+from nsattn.bench import peers, selected, selected_summary
+from nsattn.bench.cases import (
+    ALONE,
+    BASE,
+    SELECTIONS,
+    SETS,
+    SMALL,
+    Case,
+    choose,
+    kvmajor_floor_ms,
+    selected_keys,
+    target_ms,
+)
+from nsattn.bench.peers import fsa
+from nsattn.bench.timing import Row, floor_ms, interleave, merge, percentiles, read_rows, save
+from nsattn.bench.truth import Truth
+from nsattn.plan import make_plan
+
+ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
+SHAPE = {"T": 65536, "Hkv": 4, "D": 128, "Dv": 128, "B": 64, "N": 16, "selection": "random", "commit": "abc"}
+
+
+def row(who="nsattn", impl="auto", group=1, direction="forward", ms=1.0, ok=True, **more):
+    times = {"ms": ms, "p20": 0.9 * ms, "p80": 1.1 * ms, "floor_ms": 0.1, "peak_gib": 0.5, "ok": ok}
+    values = {"op": "attend_selected", "set": "target", **SHAPE, **more}
+    return Row(who=who, impl=impl, Hq=group * values["Hkv"], direction=direction, **times, **values)
+
+
+def test_rows_have_the_fields_that_were_agreed_first():
+    assert [field.name for field in fields(Row)][: len(ISSUE_FIELDS)] == ISSUE_FIELDS
+
+
+def test_sets_cover_what_the_targets_speak_of():
+    assert {(c.group, c.block, c.num_selected) for c in SETS["target"]} == {
+        (g, *b) for g in (1, 2, 3, 4, 5, 7, 8, 16) for b in ((64, 16), (128, 8))
+    }
+    assert {c.length for c in SETS["lengths"]} == {4096, 8192, 16384, 32768, 131072}
+    assert {(c.head_dim, c.v_head_dim) for c in SETS["shapes"]} == {(128, 128), (64, 64), (192, 128), (256, 256)}
+    assert {c.selection for cases in SETS.values() for c in cases} == set(SELECTIONS)
+    assert all(c.tokens == 65536 for c in SETS["packed"])
+    for cases in SETS.values():
+        assert len(set(cases)) == len(cases)
+        for case in cases:
+            assert not case.peers or case.selection in ("random", "recorded")
+
+
+def test_choose():
+    assert choose("") == [(name, case) for name, cases in SETS.items() for case in cases]
+    assert choose("packed, million") == [(n, c) for n in ("packed", "million") for c in SETS[n]]
+    with pytest.raises(ValueError, match="sets are target"):
+        choose("packed,unpacked")
+
+
+def test_targets_and_floors():
+    for g in (1, 4, 16):
+        case = replace(BASE, group=g, slack=1.0)
+        assert target_ms(case, "forward") == pytest.approx(0.15 + 0.60 * g)
+        assert target_ms(case, "backward") == pytest.approx(0.2 + 1.10 * g)
+        assert kvmajor_floor_ms(case, "forward") == pytest.approx(0.505 * g, rel=1e-2)
+    assert target_ms(replace(BASE, length=8192, slack=1.15), "forward") == pytest.approx(2.55 / 8 * 1.15)
+    assert target_ms(replace(BASE, head_dim=64, v_head_dim=64, slack=1.0), "forward") == pytest.approx(2.55 / 2)
+    assert target_ms(ALONE, "forward") is None and target_ms(replace(SMALL, slack=1.0), "forward") is None
+    assert floor_ms(780e12, 0) == pytest.approx(1e3) and floor_ms(0, 4.25e12) == pytest.approx(1e3)
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTIONS if name != "recorded"])
+def test_selected_keys_counts_what_the_reference_attends_to(name):
+    """The reference's softmax over equal scores gives each visible key 1 / number, so sums of 1 / p count them."""
+    config = nsattn.NSAConfig(slc_block=16, num_selected=4)
+    plan = make_plan(torch.tensor([0, 70, 75], dtype=torch.int32), 75, config=config, max_seqlen=70)
+    chosen = SELECTIONS[name](plan, 2)
+    assert chosen.shape == (75, 2, 4) and chosen.dtype == torch.int32
+    q, k = torch.zeros(75, 2, 4), torch.zeros(75, 2, 4)
+    lse = nsattn.attend_selected(q, k, k, chosen, plan=plan, impl="reference", return_lse=True)[1]
+    assert selected_keys(chosen, plan) == round(float(lse.double().exp().sum()))
+
+
+def test_recorded_selections_spread_over_the_heads():
+    plan = make_plan(torch.tensor([0, 8192], dtype=torch.int32), 8192, config=nsattn.NSAConfig(), max_seqlen=8192)
+    heads = SELECTIONS["recorded"](plan, 4)
+    assert heads.shape == (8192, 4, 16) and len({tuple(h.flatten().tolist()) for h in heads[-100:].unbind(1)}) == 4
+    short = make_plan(torch.tensor([0, 64], dtype=torch.int32), 64, config=nsattn.NSAConfig(), max_seqlen=64)
+    with pytest.raises(ValueError, match="recorded lengths are 8192, 32768, got 64"):
+        SELECTIONS["recorded"](short, 4)
+
+
+def right(q, k, v, problem):
+    return nsattn.attend_selected(q, k, v, problem.selection, plan=problem.plan, impl="reference")
+
+
+@pytest.mark.parametrize("case", [SMALL, replace(SMALL, length=64, sequences=3, v_head_dim=16)], ids=str)
+def test_the_check_finds_wrong_outputs_and_wrong_gradients(case):
+    problem = selected.make_problem(case, "cpu")
+    truth = Truth(problem, "attend_selected")
+    assert truth.check(lambda *x: right(*x, problem)) == (True, True)
+    assert truth.check(lambda *x: right(*x, problem) * 1.001) == (False, False)
+    assert truth.check(lambda q, k, v: right(q, k * 1.001 - 0.001 * k.detach(), v, problem)) == (True, False)
+    assert truth.check(lambda q, k, v: right(q, k, v, problem) + float("nan")) == (False, True)
+    leak = torch.zeros_like(problem.v, requires_grad=True)
+    leak.data[~truth.read] = 1e-3  # a gradient where no checked row reads
+
+    class Leaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, dv):
+            return dv + leak
+
+    if not truth.read.all():
+        assert truth.check(lambda q, k, v: right(q, k, Leaks.apply(v), problem)) == (True, False)
+
+
+def test_the_check_of_dense_attention_knows_dense_attention():
+    problem = selected.make_problem(SMALL, "cpu")
+    dense = peers.peer("dense").prepare(problem)
+    assert Truth(problem, "dense causal").check(dense) == (True, True)
+    assert Truth(problem, "attend_selected").check(dense) == (False, False)
+
+
+def test_peers_that_are_not_here_are_named_with_what_to_do(tmp_path):
+    loaded, missing = selected._load(tmp_path, "cuda")
+    assert {peer.WHO for peer in loaded} == {"torch"}
+    assert [note["who"] for note in missing] == ["fsa", "nsa_ref", "sfnsa", "fla"]
+    assert all("git clone https://" in note["reason"] or "pip install" in note["reason"] for note in missing)
+    source = tmp_path / fsa.FOLDER / "fsa" / "ops"
+    source.mkdir(parents=True)
+    (source / "FSA_topk_sparse_attention.py").write_text(f"x = 1\n{fsa.STRAY_COMMA}\n")
+    with pytest.raises(peers.Missing, match="remove the last comma"):
+        fsa.load(tmp_path)
+
+
+def test_peers_refuse_what_they_cannot_run():
+    for name, case in (
+        ("fsa", replace(BASE, head_dim=192)),
+        ("nsa_ref", replace(BASE, head_dim=192)),
+        ("fla", replace(BASE, group=8)),
+        ("fla", replace(BASE, group=24)),
+        ("dense", replace(BASE, sequences=2)),
+        ("dense", replace(BASE, selection="recorded")),
+    ):
+        assert peers.peer(name).refuses(case), name
+    for name in ("fsa", "nsa_ref", "sfnsa", "fla", "dense"):
+        assert not peers.peer(name).refuses(replace(BASE, group=16)), name
+
+
+class Fake(SimpleNamespace):
+    """A peer; a key of a dict, as modules are."""
+
+    CAPTURES = False
+    __hash__ = object.__hash__
+
+
+def test_a_wrong_peer_is_timed_and_marked_and_a_crashing_one_is_listed(tmp_path, monkeypatch):
+    def crash(problem):
+        raise RuntimeError("out of order")
+
+    good = lambda problem: lambda *x: right(*x, problem)  # noqa: E731
+    wrong = lambda problem: lambda *x: 2 * right(*x, problem)  # noqa: E731
+    made = [("good", good, ""), ("wrong", wrong, ""), ("crashes", crash, ""), ("refuses", good, "too small")]
+    loaded = {Fake(WHO=w, prepare=p, refuses=lambda case, reason=r: reason): "variant" for w, p, r in made}
+    monkeypatch.setattr(selected, "_load", lambda folder, device: (loaded, []))
+    monkeypatch.setattr(selected, "TINY", (SMALL, replace(SMALL, length=64, peers=False)))
+    out, said = tmp_path / "deep" / "selected.json", []
+    rows = selected.run(out=str(out), echo=said.append)
+    assert {(r.who, r.ok) for r in rows} == {("nsattn", True), ("good", True), ("wrong", False)}
+    assert {(r.impl, r.direction) for r in rows if r.who == "nsattn"} == {
+        (impl, direction) for impl in ("reference", "auto") for direction in ("forward", "backward")
+    }
+    content = json.loads(out.read_text())
+    assert [(n["who"], n["reason"]) for n in content["not_run"]] == [
+        ("refuses", "too small"),
+        ("crashes", "RuntimeError: out of order"),
+    ]
+    assert all(r["set"] == "tiny" and r["impl"] != "" and r["ms"] > 0 for r in content["rows"])
+    assert any("No GPU" in line for line in said) and any("out of order" in line for line in said)
+    assert not any(r.who == "good" and r.T == 64 for r in rows)  # a case without peers
+
+
+def test_a_split_run_gives_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(selected, "TINY", (SMALL, replace(SMALL, group=1), replace(SMALL, length=64)))
+    out = str(tmp_path / "selected.json")
+    for i in range(2):
+        selected.run(out=out, shard=(i, 2), echo=lambda line: None)
+    split = read_rows(out)
+    assert len(split) == 3 * 3 * 2 and len({(r.who, r.impl, r.T, r.Hq, r.direction) for r in split}) == len(split)
+    selected.run(out=out, shard=(0, 2), echo=lambda line: None)
+    assert len(read_rows(out)) == len(split)  # the same shapes again replace their rows
+    notes = json.loads((tmp_path / "selected.json").read_text())["not_run"]
+    assert len({tuple(n.values()) for n in notes}) == len(notes)
+
+
+def test_check_only_times_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(selected, "TINY", (SMALL,))
+    said = []
+    assert selected.run(out=str(tmp_path / "x.json"), check_only=True, echo=said.append) == []
+    assert not (tmp_path / "x.json").exists() and any("forward ok, backward ok" in line for line in said)
+
+
+def test_rows_are_merged_by_what_they_measure(tmp_path):
+    out = str(tmp_path / "rows.json")
+    save([row(ms=1.0), row(group=2, ms=2.0)], out)
+    merged = merge([row(ms=3.0), row(direction="backward", ms=4.0)], out)
+    assert [(r.Hq, r.direction, r.ms) for r in merged] == [
+        (8, "forward", 2.0),
+        (4, "forward", 3.0),
+        (4, "backward", 4.0),
+    ]
+    (tmp_path / "bad.json").write_text('{"rows": [{"who": "x"}]}')
+    for name in ("bad.json", "none.json"):
+        with pytest.raises(ValueError, match="is not a results file"):
+            read_rows(tmp_path / name)
+
+
+def test_percentiles_and_turns():
+    assert percentiles([1.0]) == (1.0, 1.0, 1.0)
+    assert percentiles([float(x) for x in range(11)]) == (5.0, 2.0, 8.0)
+    turns = []
+    times = interleave([lambda: turns.append("a"), lambda: turns.append("b")], "cpu", rounds=2)
+    assert "".join(turns) == "aaabbbaaabbb" and all(low <= ms <= high for ms, low, high in times)
+
+
+def results(tmp_path):
+    """A file as a whole run would write it, with numbers from thin air."""
+    rows = []
+    for direction in ("forward", "backward"):
+        for B, N in ((64, 16), (128, 8)):
+            for g in (1, 4, 16):
+                shape = {"direction": direction, "group": g, "B": B, "N": N}
+                rows += [row(ms=0.1 + 0.6 * g, **shape), row(impl="kvmajor", ms=g, **shape)]
+                rows += [row("fsa", "x", ms=5.0 * g, **shape), row("sfnsa", "x", ms=14.0, ok=g != 4, **shape)]
+        for T in (4096, 16384):
+            shape = {"direction": direction, "group": 4, "T": T, "set": "lengths"}
+            rows += [row(ms=T / 2e4, **shape), row(impl="auto graph", ms=T / 4e4, **shape)]
+            rows.append(row("torch", "cudnn", op="dense causal", ms=(T / 2e4) ** 2, **shape))
+    path = tmp_path / "selected.json"
+    save(rows, str(path))
+    return path
+
+
+def test_pictures(tmp_path):
+    from nsattn.bench.plots import draw
+
+    names = ["selected_groups_64x16.png", "selected_groups_128x8.png", "selected_lengths.png"]
+    written = draw(results(tmp_path))
+    assert [path.name for path in written] == names and all(path.stat().st_size > 10_000 for path in written)
+    save([row(set="skews")], str(tmp_path / "few.json"))
+    with pytest.raises(ValueError, match="no rows of the sets"):
+        draw(tmp_path / "few.json")
+
+
+def test_summary(tmp_path):
+    lines = selected_summary(results(tmp_path)).splitlines()
+    assert lines[0] == "| (B, N) | G | target | nsattn `auto` | fsa | nsa_ref | sfnsa | fla | torch |"
+    assert lines[3] == "| (64, 16) | 4 | 2.55 / 4.60 | 2.50 / 2.50 | 20.00 / 20.00 |  | 14.00 / 14.00 (wrong) |  |  |"
+    assert len(lines) == 2 + 6 and {line.count("|") for line in lines} == {10}
+
+
+def test_cases_print_their_shape():
+    assert str(Case(sequences=2, length=128, v_head_dim=64)) == "T=2x128 16/4 D=128/64 (B,N)=(64,16) bfloat16 random"
