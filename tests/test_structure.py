@@ -120,8 +120,10 @@ def test_no_transposed_accumulator_in_a_product():
 def test_banned_words_in_kernels():
     for path in (PACKAGE / "kernels").glob("*.py"):
         text = path.read_text()
-        for word in ("make_block_ptr", "atomic_", ".item()", ".tolist()", "os.environ", "autotune"):
+        for word in ("make_block_ptr", ".item()", ".tolist()", "os.environ", "autotune"):
             assert word not in text, f"{path.name}: {word}"
+        # Results of other atomics depend on the order in which they happen.
+        assert set(re.findall(r"atomic_\w+", text)) <= {"atomic_or"}, path.name
 
 
 def test_equations_resolve():
