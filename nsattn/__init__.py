@@ -12,6 +12,7 @@ from nsattn.api import (
 )
 from nsattn.checks import check_selection
 from nsattn.config import NSAConfig
+from nsattn.memory import estimate_memory
 from nsattn.nn import NSAttention
 from nsattn.plan import Plan, make_plan
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_selection",
     "combine",
     "compress",
+    "estimate_memory",
     "make_plan",
     "nsa_attention",
     "select_blocks",

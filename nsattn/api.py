@@ -456,11 +456,16 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
         v_head_dim=None if v is None else v.shape[-1],
         group=q.shape[-2] // k.shape[-2],
         max_blocks=plan.max_blk,
+        slc_block=plan.config.slc_block,
+        capability=dispatch.capability(q.device.type, q.device.index),
     )
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if softmax_scale is None:
+        return q.shape[-1] ** -0.5
+    checks.check_scale(softmax_scale)
+    return float(softmax_scale)
 
 
 def _result(q: Tensor, o: Tensor, lse: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

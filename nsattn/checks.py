@@ -173,6 +173,12 @@ def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config
             )
 
 
+def check_scale(softmax_scale: float) -> None:
+    """Kernels scale the largest score instead of every score, so the order must stay."""
+    if not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}. The default is 1 / sqrt(D).")
+
+
 def check_workspace(workspace: int) -> None:
     if not isinstance(workspace, int) or workspace < 1 << 20:
         raise ValueError(

@@ -56,6 +56,7 @@ def why(
     length: Annotated[int, typer.Option(help="longest sequence")] = 65536,
     slc_block: Annotated[int, typer.Option(help="selection block B")] = 64,
     impl: Annotated[str, typer.Option(help="what you would pass as impl=")] = "auto",
+    capability: Annotated[str, typer.Option(help="compute capability, as 9.0; default: of this machine's GPU")] = "",
 ) -> None:
     """Which implementation a shape gets, and why not the others."""
     num_heads, num_kv_heads = _head_counts(heads)
@@ -69,6 +70,8 @@ def why(
         v_head_dim=v_head_dim or head_dim,
         group=num_heads // num_kv_heads,
         max_blocks=-(-length // slc_block),
+        slc_block=slc_block,
+        capability=_capability(capability) if capability else dispatch.capability("cuda", None),
     )
     for operation in dispatch.TABLE:
         try:
@@ -145,6 +148,14 @@ def _head_counts(text: str) -> tuple[int, int]:
     except ValueError:
         raise typer.BadParameter(f"heads must be Hq/Hkv with Hq a multiple of Hkv, got {text!r}") from None
     return num_heads, num_kv_heads
+
+
+def _capability(text: str) -> tuple[int, int]:
+    try:
+        major, minor = (int(x) for x in text.split("."))
+    except ValueError:
+        raise typer.BadParameter(f"capability must be like 9.0, got {text!r}") from None
+    return major, minor
 
 
 def _lengths(text: str) -> list[int]:

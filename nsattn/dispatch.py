@@ -20,7 +20,6 @@ MAX_GROUP = 64
 MAX_SELECTED = 64
 MAX_BLOCKS = 16384  # selection blocks of one sequence that block selection holds in registers
 
-BRANCH_IMPLS = ("auto", "reference", "triton", "kvmajor", "qmajor")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Shape:
     v_head_dim: int | None = None
     group: int | None = None
     max_blocks: int | None = None
+    slc_block: int | None = None
+    capability: tuple[int, int] | None = None  # of an NVIDIA GPU, see `capability`
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Cell:
     head_dims: tuple[int, ...] = HEAD_DIMS
     max_group: int = MAX_GROUP
     max_blocks: int | None = None
+    slc_blocks: tuple[int, ...] = SLC_BLOCKS
+    generation: int | None = None  # major compute capability of the only GPUs it runs on; None: any GPU
     auto_groups: tuple[int, int] = field(default=(1, MAX_GROUP))  # groups for which `auto` takes it, inclusive
 
 
@@ -65,6 +68,14 @@ TABLE: dict[str, dict[str, Cell]] = {
         "reference": _REFERENCE,
     },
     "attend_selected": {
+        "kvmajor_sm90": Cell(
+            "attend_selected_kvmajor_sm90",
+            "`kvmajor` with kernels for Hopper GPUs, blocks of 64 or 128 keys",
+            head_dims=(128,),
+            slc_blocks=(64, 128),
+            generation=9,
+            auto_groups=(1, 16),
+        ),
         "kvmajor": Cell(
             "attend_selected_kvmajor",
             "outer loop over KV blocks, inner loop over the tokens that chose them (Flash Sparse Attention)",
@@ -88,6 +99,18 @@ TABLE: dict[str, dict[str, Cell]] = {
 }
 
 
+SCHEDULES = tuple(name for name, cell in TABLE["attend_selected"].items() if cell.is_kernel)
+BRANCH_IMPLS = ("auto", "reference", "triton", *SCHEDULES)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: str, index: int | None) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, such as (9, 0) for an H200; None for everything else."""
+    if device != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
 def interpreting() -> bool:
     """Triton runs its kernels on the CPU (`TRITON_INTERPRET=1`, for tests: slow)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -103,12 +126,17 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
         machine.append(f"needs a GPU, got tensors on {shape.device!r} (or TRITON_INTERPRET=1, for tests)")
     if not on_cpu and shape.dtype not in cell.dtypes:
         machine.append(f"needs {' or '.join(str(d) for d in cell.dtypes)}, got {shape.dtype}")
+    if cell.generation is not None and (on_cpu or shape.capability is None or shape.capability[0] != cell.generation):
+        got = ".".join(map(str, shape.capability)) if shape.capability else "none"
+        machine.append(f"needs a GPU of compute capability {cell.generation}.x, got {got}")
     dims = (16, *cell.head_dims) if on_cpu else cell.head_dims  # 16 keeps interpreted tests small
     for name, value in (("head dim D", shape.head_dim), ("value head dim Dv", shape.v_head_dim)):
         if value is not None and value not in dims:
             limits.append(f"{name} must be one of {', '.join(map(str, dims))}, got {value}")
     if shape.group is not None and shape.group > cell.max_group:
         limits.append(f"query heads per KV head must be at most {cell.max_group}, got {shape.group}")
+    if shape.slc_block is not None and shape.slc_block not in cell.slc_blocks:
+        limits.append(f"selection block B must be one of {', '.join(map(str, cell.slc_blocks))}, got {shape.slc_block}")
     if cell.max_blocks is not None and shape.max_blocks is not None and shape.max_blocks > cell.max_blocks:
         limits.append(
             f"selection blocks per sequence must be at most {cell.max_blocks}, got {shape.max_blocks} "
@@ -131,13 +159,16 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
     cells = TABLE[operation]
     if impl not in BRANCH_IMPLS and impl not in cells:
         raise ValueError(f"impl must be one of {', '.join(BRANCH_IMPLS)}, got {impl!r}. Use impl='auto'.")
-    if impl in ("kvmajor", "qmajor") and impl not in cells:
+    if impl in SCHEDULES and impl not in cells:
         impl = "triton"  # these name the order of attend_selected; the other operations have one kernel
     if impl in cells:
         _refuse(operation, impl, *unmet(cells[impl], shape))
         return impl
     kernels = [name for name, cell in cells.items() if cell.is_kernel]
-    name = next((n for n in kernels if _prefers(cells[n], shape)), kernels[0])
+    preferred = [n for n in kernels if _prefers(cells[n], shape)] or kernels
+    # Where nothing fits, the error names the needs of a kernel for any GPU.
+    anywhere = [n for n in preferred if cells[n].generation is None]
+    name = next((n for n in preferred if not any(unmet(cells[n], shape))), anywhere[0])
     machine, limits = unmet(cells[name], shape)
     if impl == "auto" and (machine or shape.device == "cpu"):
         if shape.device == "cuda" and not torch.compiler.is_compiling():

@@ -237,9 +237,18 @@ def cells(device: str, *, quick: bool = False, every_dtype: bool = False) -> Ite
             for i, case in enumerate(cases[:1] if quick else cases):
                 if i and case.axis not in AXES[operation]:
                     continue
+                if cell.generation is not None and any(dispatch.unmet(cell, _shape(case, dtypes[0], device))):
+                    continue  # a kernel for some GPUs and sizes only: beside it, another serves the case
                 both = every_dtype or i == 0 or case.name in ("hostile", "D=256", "G=5")
                 for dtype in dtypes if both else dtypes[:1]:
                     yield Cell(operation, impl, case, dtype, device)
+
+
+def _shape(case: Case, dtype: torch.dtype, device: str) -> dispatch.Shape:
+    return dispatch.Shape(
+        device, dtype, case.head_dim, case.v_head_dim or case.head_dim, case.group, slc_block=case.config.slc_block,
+        capability=dispatch.capability(device, None),
+    )  # fmt: skip
 
 
 def run(*, quick: bool, echo: Callable[[str], None]) -> bool:

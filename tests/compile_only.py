@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import nsattn.kernels
@@ -45,6 +46,10 @@ class Target:
 
     gpu: GPUTarget
     shared_memory: int
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        return divmod(int(self.gpu.arch), 10) if self.gpu.backend == "cuda" else None
 
 
 TARGETS = {
@@ -153,7 +158,7 @@ def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
     try:
         for cell in cells:
             label = str(cell)
-            for call in _calls(cell):
+            for call in _calls(cell, target.capability):
                 call()
     finally:
         for owner, name, value in originals:
@@ -161,14 +166,16 @@ def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
     return list(found.values())
 
 
-def _calls(cell: Cell) -> Iterator[Callable[[], Any]]:
+def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[[], Any]]:
     """Every kernel-level function of the dispatch table on inputs of a cell, forward and backward."""
     config = NSAConfig(slc_block=cell.slc_block, num_selected=cell.num_selected)
     x = make_inputs([200, 0, 121], num_kv_heads=2, group=cell.group, head_dim=cell.head_dim,
                     v_head_dim=cell.v_head_dim, config=config, dtype=cell.dtype)
     for operation, implementations in dispatch.TABLE.items():
         for impl, entry in implementations.items():
-            if entry.is_kernel:
+            shape = dispatch.Shape("cuda", cell.dtype, cell.head_dim, cell.v_head_dim, cell.group,
+                                   slc_block=cell.slc_block, capability=capability)
+            if entry.is_kernel and not any(dispatch.unmet(entry, shape)):
                 yield from _operation(operation, dispatch.load(operation, impl), cell, x)
 
 
@@ -218,7 +225,8 @@ def build(launch: Launch, target: Target) -> Result:
     """Compile one launch and read its resources."""
     result = Result(launch.name, launch.describe(), launch.cells)
     try:
-        source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+        source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+        source = source_type(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
         compiled = triton.compile(source, target=target.gpu, options=launch.options)
     except Exception as e:  # noqa: BLE001  whatever the compiler raises is the result
         result.error = f"{type(e).__name__}: {str(e)[-300:]}"

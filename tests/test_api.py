@@ -102,8 +102,9 @@ ERRORS = [
     (
         lambda: attend(impl="fast"),
         ValueError,
-        "impl must be one of auto, reference, triton, kvmajor, qmajor, got 'fast'",
+        "impl must be one of auto, reference, triton, kvmajor_sm90, kvmajor, qmajor, got 'fast'",
     ),
+    (lambda: attend(softmax_scale=-1.0), ValueError, "softmax_scale must be positive and finite, got -1.0"),
     (lambda: attend(workspace=5), ValueError, "workspace must be an int of at least 1 MiB"),
     (lambda: attend(plan=7), TypeError, "plan must come from nsattn.make_plan, got int"),
     (lambda: flat(cu_seqlens=None), ValueError, "packed [T, H, D] input needs cu_seqlens"),
@@ -222,6 +223,14 @@ def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "auto", shape()) == "kvmajor"
     assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
     assert dispatch.resolve("attend_selected", "qmajor", shape()) == "qmajor"
+    hopper = {"capability": (9, 0), "slc_block": 64}
+    assert dispatch.resolve("attend_selected", "auto", shape(**hopper)) == "kvmajor_sm90"
+    for other in ({"head_dim": 64}, {"slc_block": 32}, {"capability": (8, 0)}, {"capability": None}):
+        assert dispatch.resolve("attend_selected", "auto", shape(**{**hopper, **other})) == "kvmajor"
+    with pytest.raises(NotImplementedError, match="needs a GPU of compute capability 9.x, got 8.0"):
+        dispatch.resolve("attend_selected", "kvmajor_sm90", shape(capability=(8, 0)))
+    with pytest.raises(ValueError, match="selection block B must be one of 64, 128, got 32"):
+        dispatch.resolve("attend_selected", "kvmajor_sm90", shape(**{**hopper, "slc_block": 32}))
     assert dispatch.resolve("attend_window", "kvmajor", shape()) == "triton"
     with pytest.warns(UserWarning, match="in torch.float32 on a GPU runs the plain torch reference"):
         assert dispatch.resolve("attend_window", "auto", shape(dtype=torch.float32)) == "reference"
@@ -230,6 +239,24 @@ def test_dispatch_choices():
         dispatch.resolve("select_blocks", "auto", shape(max_blocks=20000))
     chosen = {name: text for name, text in dispatch.why("attend_selected", "auto", shape())}
     assert chosen["kvmajor"] == "chosen" and "groups 17 to 64" in chosen["qmajor"]
+
+
+def test_estimate_memory_is_bounded_and_linear():
+    small, large = (
+        nsattn.estimate_memory(T, 16, 4, 128, impl="kvmajor") for T in (4096, 8192)
+    )
+    assert 1.9 < large / small < 2.1
+    assert large >= 8192 * 16 * 16 * 128 * 2  # a bfloat16 partial for every token, head and selected block
+    for T in (65536, 1 << 20):
+        for backward in (False, True):
+            for impl in ("kvmajor", "kvmajor_sm90", "qmajor"):
+                if impl == "kvmajor_sm90" and dispatch.capability("cuda", None) is None:
+                    continue
+                size = nsattn.estimate_memory(T, 32, 8, 128, impl=impl, backward=backward, workspace=1 << 30)
+                assert size <= (1 << 30) + (64 << 20) + backward * T * 32 * 4, (T, backward, impl)
+    assert nsattn.estimate_memory(65536, 32, 8, 128, impl="qmajor") == 0
+    with pytest.raises(ValueError, match="grows with the square of the length"):
+        nsattn.estimate_memory(65536, 32, 8, 128, impl="reference")
 
 
 def test_kernels_by_name_need_a_gpu(monkeypatch):

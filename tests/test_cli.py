@@ -62,10 +62,12 @@ def test_verify_without_a_gpu_says_that_nothing_was_verified(monkeypatch):
     assert result.exit_code == 1 and "Nothing verified" in result.output
 
 
-def test_verify_covers_every_kernel_and_every_axis():
+def test_verify_covers_every_kernel_and_every_axis(monkeypatch):
+    monkeypatch.setattr(dispatch, "capability", lambda device, index: (9, 0) if device == "cuda" else None)
     for device in ("cpu", "cuda"):
         listed = list(cells(device))
-        kernels = {(op, impl) for op, impls in dispatch.TABLE.items() for impl, cell in impls.items() if cell.is_kernel}
+        kernels = {(op, impl) for op, impls in dispatch.TABLE.items() for impl, cell in impls.items()
+                   if cell.is_kernel and (device == "cuda" or cell.generation is None)}
         assert {(c.operation, c.impl) for c in listed} == kernels
         axes = {c.case.axis for c in listed}
         assert axes == set().union(*AXES.values())

@@ -18,9 +18,9 @@ from nsattn.verify import cells, check
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ATTENTION = [(op, impl) for op, cell in dispatch.TABLE.items() for impl in cell
-             if impl != "reference" and op.startswith("attend")]
-
+SHAPE = dispatch.Shape(DEVICE, torch.bfloat16, slc_block=64, capability=dispatch.capability(DEVICE, None))
+ATTENTION = [(op, impl) for op, cells_of in dispatch.TABLE.items() for impl, cell in cells_of.items()
+             if cell.is_kernel and op.startswith("attend") and not any(dispatch.unmet(cell, SHAPE))]
 
 CELLS = list(cells(DEVICE, every_dtype=GPU))
 

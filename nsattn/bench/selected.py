@@ -163,7 +163,10 @@ def _contenders(problem: Problem, loaded: Loaded) -> tuple[list[Contender], list
     case, plan = problem.case, problem.plan
     found, notes = [], []
     device = problem.q.device.type
-    shape = dispatch.Shape(device, problem.q.dtype, case.head_dim, case.v_head_dim, case.group, max_blocks=plan.max_blk)
+    shape = dispatch.Shape(
+        device, problem.q.dtype, case.head_dim, case.v_head_dim, case.group, plan.max_blk, case.block,
+        dispatch.capability(device, None),
+    )  # fmt: skip
     for impl, cell in (*dispatch.TABLE["attend_selected"].items(), ("auto", None)):
         if cell is not None and cell.is_kernel != (device == "cuda"):
             continue

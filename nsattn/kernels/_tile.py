@@ -114,21 +114,6 @@ def row_delta(o: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> t
     return delta
 
 
-@triton.jit(do_not_specialize=["num_seqs", "total"])
-def _fill_slack_kernel(O, LSE, CU, num_seqs, total, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """o = 0 and lse = -inf in the rows past the last sequence, taken in turns by the programs."""
-    for row in range(tl.load(CU + num_seqs) + tl.program_id(0), total, tl.num_programs(0)):
-        o_row = tl.full([BLOCK], row, tl.int64)
-        for i in range(0, WIDTH, BLOCK):
-            o_i = i + tl.arange(0, BLOCK)
-            tl.store(O + o_row * WIDTH + o_i, tl.zeros([BLOCK], O.dtype.element_ty), mask=o_i < WIDTH)
-            tl.store(LSE + o_row * HEADS + o_i, tl.full([BLOCK], -float("inf"), LSE.dtype.element_ty), mask=o_i < HEADS)
-
-
-def fill_slack(o: torch.Tensor, lse: torch.Tensor, cu: torch.Tensor) -> None:
-    """Give the rows that belong to no sequence their values; without such rows it costs a launch."""
-    total, heads, width = o.shape
-    if total:
-        _fill_slack_kernel[(256,)](
-            o, lse, cu, cu.shape[0] - 1, total, WIDTH=heads * width, HEADS=heads, BLOCK=1024, num_warps=4
-        )
+def delta_bytes(q: torch.Tensor) -> int:
+    """Memory of `row_delta`."""
+    return q.shape[0] * q.shape[1] * lse_dtype(q).itemsize

@@ -5,7 +5,7 @@ walks the slots of `block_idx` and reads every selected block, so traffic does n
 groups suit it best.
 
 Forward: online softmax over the blocks; accumulators, maximum and sum are float32. Backward: dQ by the same
-walk; dK and dV need the tokens of each block and come from `_lists.selected_dkv`. No atomics: everything
+walk; dK and dV need the tokens of each block and come from `_gradient.selected_dkv`. No atomics: everything
 repeats bit for bit.
 
 `block_idx` means a set: unused, negative, future and repeated entries are ignored.
@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._lists import selected_dkv
+from nsattn.kernels._gradient import backward_size, plain_gradient, selected_dkv
+from nsattn.kernels._lists import chunks
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
+    delta_bytes,
     dot,
     load_rows,
     lse_dtype,
@@ -120,6 +122,17 @@ def attend_selected(
     return o, lse
 
 
+def scratch_bytes(
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, workspace: int, backward: bool
+) -> int:
+    """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
+    if not backward:
+        return 0
+    size = backward_size(q, k, v, N, plan, plain_gradient(q, v, plan.config.slc_block), with_dq=False)
+    largest = max((size(c.rows, c.heads) for c in chunks(plan, k.shape[1], size, workspace)), default=0)
+    return largest + delta_bytes(q)
+
+
 @triton.jit
 def _attend_selected_dq_kernel(
     Q, K, V, IDX, DO, LSE, DELTA, DQ, Q_TILES, CU_Q, CU_K, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
@@ -164,7 +177,10 @@ def attend_selected_bwd(
     delta = row_delta(o, do, dlse)
     if q.shape[0]:
         _launch(_attend_selected_dq_kernel, q, k, v, (block_idx, do, lse, delta, dq), plan, scale)
-    dk, dv = selected_dkv(do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace)
+    kernel = plain_gradient(q, v, plan.config.slc_block)
+    dk, dv = selected_dkv(
+        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel
+    )
     return dq, dk, dv
 
 

@@ -1,0 +1,258 @@
+"""Gradients of keys and values of the selected branch (Eq 11, 12), which both schedules share, and the dQ partials.
+
+One pass over the block lists: a program holds K and V of a block on chip, gathers the query rows of an item and
+accumulates dK and dV; on the way it can write the dQ partial of every row. A block whose list is cut into several items
+gets its sum from float32 slices, added in their order: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsattn.kernels._lists import BlockLists, Chunk, chunks, invert, last_at_most, lists_bytes, load_item
+from nsattn.kernels._tile import (
+    LOG2E,
+    bounds,
+    dot,
+    load_rows,
+    lse_dtype,
+    next_power_of_2,
+    shared_memory,
+)
+from nsattn.plan import Plan
+
+
+def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
+    """Rows of a tile, keys of a sub-block, warps, stages of the gradient kernel: the first that fits the chip.
+
+    dK^T and dV^T of a sub-block live in registers, (BD + BDV) * BK floats, beside dQ of a tile, BM * BD. At D = 128 a
+    study on the H200 found 128 rows, 64 keys, 8 warps, 2 stages best without spills; wider heads take fewer of both.
+    """
+    BD, BDV = next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1])
+    size = q.element_size()
+    if size > 2:
+        tiles = [(32, 32, 4, 1), (16, 16, 4, 1)]
+    elif max(BD, BDV) <= 64:
+        tiles = [(64, 64, 4, 2), (64, 32, 4, 1)]
+    elif max(BD, BDV) <= 128:
+        tiles = [(128, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)]
+    else:
+        tiles = [(64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)]
+    tiles = [(BM, min(B, BK), warps, stages) for BM, BK, warps, stages in tiles]
+    limit = shared_memory(q.device) - 2048
+
+    def fits(BM: int, BK: int, warps: int, stages: int) -> bool:
+        return size * ((BM * stages + BK) * (BD + BDV) + 2 * BM * BK) <= limit
+
+    return next((tile for tile in tiles if fits(*tile)), tiles[-1])
+
+
+@triton.jit(do_not_specialize=["head0", "kv_head0", "num_heads"])
+def _gradient_kernel(
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
+    sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sdk_t, sdk_h, sdv_t, sdv_h, head0, kv_head0, num_heads, scale,
+    D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    BK: tl.constexpr, BM: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
+):
+    """dK, dV of BK keys of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12).
+
+    Scores are kept as [rows, keys] and dK, dV as their transposes, so that no product takes a transposed accumulator.
+    """
+    ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
+    SUBS: tl.constexpr = B // BK
+    i_item, i_sub = tl.program_id(0) // SUBS, tl.program_id(0) % SUBS
+    i_h, i_s, block, first, count, slot = load_item(ITEMS, i_item)
+    if count == 0:
+        return
+    start_q, len_q = bounds(CU_Q, i_s)
+    start_k, len_k = bounds(CU_K, i_s)
+    o_k = block * B + i_sub * BK + tl.arange(0, BK)
+    m_k = o_k < len_k
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
+    kv_head = (kv_head0 + i_h).to(tl.int64)
+    b_k = load_rows(K + kv_head * sk_h, start_k + o_k, o_d, sk_t, m_k, D)
+    b_v = load_rows(V + kv_head * sv_h, start_k + o_k, o_v, sv_t, m_k, DVAL)
+    b_dk = tl.zeros([BD, BK], ACC)
+    b_dv = tl.zeros([BDV, BK], ACC)
+    for r0 in range(0, count * G, BM):
+        row = r0 + tl.arange(0, BM)
+        m_r = row < count * G
+        row = tl.minimum(row, count * G - 1)  # the tail repeats the last row instead of masking every load
+        token = tl.load(TOKENS + first + row // G)
+        head = (kv_head0 + i_h) * G + row % G
+        wide = token.to(tl.int64)
+        # [BM, BD], [BM, BDV]
+        b_q = load_rows(Q, wide * sq_t + head * sq_h, o_d, 1, row >= 0, D)
+        b_do = load_rows(DO, (wide * num_heads + head) * DVAL, o_v, 1, row >= 0, DVAL)
+        lse2 = tl.load(LSE + wide * num_heads + head) * LOG2E
+        delta = tl.load(DELTA + wide * num_heads + head)
+        position = token - start_q.to(tl.int32) + len_k - len_q
+        s2 = dot(b_q, tl.trans(b_k)) * (scale * LOG2E)
+        visible = (o_k[None, :] <= position[:, None]) & m_r[:, None]
+        p = tl.where(visible, tl.exp2(s2 - lse2[:, None]), 0.0)
+        dp = dot(b_do, tl.trans(b_v))
+        ds = (p * (dp - delta[:, None]) * scale).to(b_q.dtype)
+        b_dv += dot(tl.trans(b_do), p.to(b_do.dtype))
+        b_dk += dot(tl.trans(b_q), ds)
+        if WITH_DQ:
+            o_p = ((first * G + row) * SUBS + i_sub) * D
+            dq = dot(ds, b_k)
+            tl.store(DQP + o_p[:, None] + o_d[None, :], dq.to(DQP.dtype.element_ty),
+                     mask=m_r[:, None] & (o_d < D)[None, :])
+    m_dk = (o_d < D)[:, None] & m_k[None, :]
+    m_dv = (o_v < DVAL)[:, None] & m_k[None, :]
+    if slot >= 0:
+        p_slice = SLICES + slot.to(tl.int64) * (B * (D + DVAL)) + (i_sub * BK + tl.arange(0, BK))[None, :] * (D + DVAL)
+        tl.store(p_slice + o_d[:, None], b_dk, mask=m_dk)
+        tl.store(p_slice + D + o_v[:, None], b_dv, mask=m_dv)
+    else:
+        out_head = (head0 + i_h).to(tl.int64)
+        p_dk = DK + out_head * sdk_h + (start_k + o_k)[None, :] * sdk_t + o_d[:, None]
+        p_dv = DV + out_head * sdv_h + (start_k + o_k)[None, :] * sdv_t + o_v[:, None]
+        if ADD:
+            b_dk += tl.load(p_dk, mask=m_dk, other=0.0)
+            b_dv += tl.load(p_dv, mask=m_dv, other=0.0)
+        tl.store(p_dk, b_dk.to(DK.dtype.element_ty), mask=m_dk)
+        tl.store(p_dv, b_dv.to(DV.dtype.element_ty), mask=m_dv)
+
+
+@triton.jit(do_not_specialize=["head0", "num_blk", "num_seqs"])
+def _sum_slices_kernel(
+    SLICES, FIRST, DK, DV, CU_K, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, head0, num_blk, num_seqs,
+    D: tl.constexpr, DVAL: tl.constexpr, BDD: tl.constexpr, B: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
+):
+    """dK, dV of BR keys of a block whose list was cut: the sum of its slices, in order."""
+    ACC: tl.constexpr = SLICES.dtype.element_ty
+    i_list = tl.program_id(0)
+    first = (tl.load(FIRST + i_list) - tl.load(FIRST)).to(tl.int64)
+    last = (tl.load(FIRST + i_list + 1) - tl.load(FIRST)).to(tl.int64)
+    if first == last:
+        return
+    blk = i_list % num_blk
+    i_s = tl.max(last_at_most(CU_BLK, num_seqs, tl.full([1], blk, tl.int32)), 0)
+    start_k, len_k = bounds(CU_K, i_s)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    o_k = (blk - tl.load(CU_BLK + i_s)) * B + o_r
+    o_d = tl.arange(0, BDD)
+    acc = tl.zeros([BR, BDD], ACC)
+    for i in range(first, last):
+        p = SLICES + i * (B * (D + DVAL)) + o_r[:, None] * (D + DVAL) + o_d[None, :]
+        acc += tl.load(p, mask=(o_d < D + DVAL)[None, :] & (o_k < len_k)[:, None], other=0.0)
+    head = (head0 + i_list // num_blk).to(tl.int64)
+    m_k = (o_k < len_k)[:, None]
+    p_dk = DK + head * sdk_h + (start_k + o_k)[:, None] * sdk_t + o_d[None, :]
+    p_dv = DV + head * sdv_h + (start_k + o_k)[:, None] * sdv_t + (o_d - D)[None, :]
+    m_dk, m_dv = m_k & (o_d < D)[None, :], m_k & ((o_d >= D) & (o_d < D + DVAL))[None, :]
+    if ADD:
+        acc += tl.load(p_dk, mask=m_dk, other=0.0) + tl.load(p_dv, mask=m_dv, other=0.0)
+    tl.store(p_dk, acc.to(DK.dtype.element_ty), mask=m_dk)
+    tl.store(p_dv, acc.to(DV.dtype.element_ty), mask=m_dv)
+
+
+def gradient(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
+    kv_head0: int, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, out_head0: int,
+    slices: Tensor, add: bool,
+) -> None:
+    """Walk the lists once: dK, dV of every block, or slices of them where a list is cut, and dQ partials in list order.
+
+    Args:
+        lists: of the KV heads from `kv_head0` on.
+        dq_partials: `[pairs * G * parts, D]` like q, or None to leave them out; `parts` of `plain_gradient`.
+        out_k, out_v: where dK, dV of the first of these heads go, at head `out_head0`; with `add`, float32 sums.
+        slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
+    """
+    D, Dv, B = q.shape[-1], v.shape[-1], plan.config.slc_block
+    BM, BK, warps, stages = gradient_tile(q, v, B)
+    _gradient_kernel[(lists.items.shape[0] * (B // BK),)](
+        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k,
+        q if dq_partials is None else dq_partials, out_k, out_v, slices,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out_k.stride()[:2], *out_v.stride()[:2],
+        out_head0, kv_head0, q.shape[1], scale,
+        D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B, BK=BK, BM=BM,
+        WITH_DQ=dq_partials is not None, ADD=add, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+class Gradient(NamedTuple):
+    """A gradient kernel, and the items that suit it."""
+
+    launch: Callable[..., None]
+    parts: int  # dQ partials of a row: a block may be done in parts
+    fewest_pairs: int  # in an item, or all that its list has
+
+    def pairs_per_item(self, G: int) -> int:
+        """Long items mean few slices; beyond 4096 pairs or 16384 rows the popular blocks become the tail."""
+        return min(4096, max(self.fewest_pairs, -(-16384 // G)))
+
+
+def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:
+    """The kernel for any GPU."""
+    return Gradient(gradient, parts=B // gradient_tile(q, v, B)[1], fewest_pairs=1)
+
+
+def backward_size(
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, with_dq: bool
+) -> Callable[[int, int], int]:
+    """Scratch of a chunk of (rows, KV heads) in the backward, in bytes: lists, slices of dK and dV, dQ partials; and
+    the sums in which chunks of rows meet."""
+    G, D, width, wide = q.shape[1] // k.shape[1], q.shape[2], q.shape[2] + v.shape[2], lse_dtype(q).itemsize
+    pairs_per_item = kernel.pairs_per_item(G)
+
+    def size(rows: int, heads: int) -> int:
+        pairs = rows * heads * N
+        slices = 2 * pairs // pairs_per_item * plan.config.slc_block * width * wide
+        partials = pairs * G * kernel.parts * D * q.element_size() if with_dq else 0
+        sums = plan.total_k * width * wide if rows < plan.total_q else 0
+        return slices + partials + sums + lists_bytes(plan, rows, heads, N, pairs_per_item)
+
+    return size
+
+
+def selected_dkv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block_idx: Tensor, plan: Plan, *,
+    scale: float, workspace: int, kernel: Gradient, take_dq: Callable[[Chunk, BlockLists, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of the selected branch.
+
+    Args:
+        take_dq: if given, called for each chunk with the dQ partials `[pairs * G * parts, D]` in list order, which the
+            same pass over the lists then writes. They are valid until it returns.
+    """
+    T, D, Dv, Hkv, N = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1], block_idx.shape[-1]
+    G, B, kind = q.shape[1] // Hkv, plan.config.slc_block, lse_dtype(q)
+    pairs_per_item = kernel.pairs_per_item(G)
+    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    size = backward_size(q, k, v, N, plan, kernel, with_dq=take_dq is not None)
+    for chunk in chunks(plan, Hkv, size, workspace):
+        by_rows = chunk.rows < T  # the lists of one head come in several chunks: sum them in float32
+        if by_rows and chunk.row0 == 0:
+            sum_k = torch.zeros(k.shape[0], 1, D, dtype=kind, device=k.device)
+            sum_v = torch.zeros(k.shape[0], 1, Dv, dtype=kind, device=k.device)
+        out_k, out_v, head0 = (sum_k, sum_v, 0) if by_rows else (dk, dv, chunk.head0)
+        lists = invert(block_idx, plan, chunk, pairs_per_item=pairs_per_item)
+        num_partials = chunk.rows * chunk.heads * N * G * kernel.parts
+        dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device) if take_dq else None
+        slices = torch.empty(lists.num_slices, B, D + Dv, dtype=kind, device=q.device)
+        kernel.launch(
+            do, q, k, v, lse, delta, lists, plan, chunk.head0, scale, dq_partials, out_k, out_v, head0, slices, by_rows
+        )
+        BR = 16
+        _sum_slices_kernel[(lists.slices.shape[0] - 1, B // BR)](
+            slices, lists.slices, out_k, out_v, plan.cu_k, plan.cu_blk, *out_k.stride()[:2], *out_v.stride()[:2],
+            head0, plan.total_blk, plan.num_seqs,
+            D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=by_rows, num_warps=4,
+        )  # fmt: skip
+        if take_dq and dq_partials is not None:
+            take_dq(chunk, lists, dq_partials)
+        if by_rows and chunk.row1 == T:
+            dk[:, chunk.head0 : chunk.head1] = sum_k
+            dv[:, chunk.head0 : chunk.head1] = sum_v
+        del lists, dq_partials, slices  # before the next chunk allocates its own
+    return dk, dv

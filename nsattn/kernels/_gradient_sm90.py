@@ -1,0 +1,260 @@
+"""Gradient of keys and values, and the dQ partials, of one pass over the block lists: Hopper (sm_90), in Gluon.
+
+Replaces the kernel of `_gradient` for D = Dv = 128, selection blocks of 64 and 128 keys, and 16-bit inputs. A warpgroup
+holds 64 keys: their dK and dV stay in its registers, 128 of 255, while tiles of 64 gathered rows pass through shared
+memory, two deep. What decides the speed is the rest of the registers: nothing may spill. Therefore
+
+- scores are computed as S^T = K Q^T, so that P^T and dS^T are register operands of dV and dK, and only dS^T, which dQ
+  reads transposed, goes through shared memory;
+- the accumulators of S^T and dP^T start at -lse / scale and -delta, which so need no registers later;
+- token numbers and statistics are loaded a tile ahead of their use, the statistics by one thread per number;
+- dQ of a 64-key block is multiplied in two halves of 64 columns;
+- what the end of the program needs is loaded there once more.
+
+At B = 64 two programs of one warpgroup share a multiprocessor; at B = 128 one program has two warpgroups.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nsattn.kernels._lists import BlockLists
+from nsattn.plan import Plan
+
+LOG2E = gl.constexpr(1.4426950408889634)
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
+
+
+@gluon.jit
+def _tokens_of(P, row, count, G: gl.constexpr):
+    """Query rows behind rows of an item; past the end that of the last pair."""
+    return gl.load(P + gl.minimum(row // G, count - 1))
+
+
+@gluon.jit
+def _fetch(
+    q_tile, do_tile, Q, DO, token, row, num_rows, sq_t8, sq_h8, head0, num_heads,
+    G: gl.constexpr, Q_PACKED: gl.constexpr, COPY: gl.constexpr,
+):
+    """Start the copy of 64 gathered rows of q and do to shared memory. Rows past the end become zeros."""
+    o_d = gl.arange(0, 128, layout=gl.SliceLayout(0, COPY))[None, :]
+    head = head0 + row % G
+    o_do = ((token * num_heads + head).to(gl.int64) * 128)[:, None] + o_d
+    if Q_PACKED:
+        o_q = o_do
+    else:
+        o_q = ((token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8)[:, None] + o_d
+    m = (row < num_rows)[:, None]
+    async_copy.async_copy_global_to_shared(q_tile, Q + o_q, mask=m)
+    async_copy.async_copy_global_to_shared(do_tile, DO + o_do, mask=m)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _start_values(LSE, DELTA, token, row, num_rows, is_lse, head0, num_heads, scale, G: gl.constexpr):
+    """What S^T (where is_lse) and dP^T of a row start at: -lse / scale, -inf past the end so that p = 0; -delta."""
+    o = token * num_heads + head0 + row % G
+    m = row < num_rows
+    lse = gl.load(LSE + o, mask=m & is_lse, other=float("inf"))
+    delta = gl.load(DELTA + o, mask=m & (is_lse == 0), other=0.0)
+    return gl.where(is_lse, -lse / scale, -delta)
+
+
+@gluon.jit
+def _spread(starts, zero, LAYOUT: gl.constexpr):
+    """Accumulator [keys, rows] that starts at one value per row."""
+    return gl.broadcast(starts.load(gl.SliceLayout(0, LAYOUT))[None, :], zero)[0]
+
+
+@gluon.jit
+def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store the first `left` rows of a staged tile [64, COLS] to rows of 128: whole cache lines, first to leave L2."""
+    o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+    gl.store(p + (o_r * 128)[:, None] + o_d[None, :], stage.load(LAYOUT), mask=(o_r < left)[:, None],
+             cache_modifier=".cs")
+
+
+@gluon.jit(do_not_specialize=["out_head0", "kv_head0"])
+def _gradient_sm90_kernel(
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
+    sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, out_head0, kv_head0, num_heads, scale,
+    G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, WITH_DQ: gl.constexpr, ADD: gl.constexpr,
+):
+    """dK, dV of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12):
+
+        P^T = exp(scale K Q^T - lse)    dV += P^T dO    dS^T = scale P^T (V dO^T - delta)    dK += dS^T Q    dQ = dS K
+
+    Strides ending in 8 count 8 elements: this tells the compiler that rows start at whole 16 bytes.
+    """
+    D: gl.constexpr = 128
+    W: gl.constexpr = B // 16
+    COLS: gl.constexpr = 16 * W  # of dQ, multiplied at a time
+    TYPE: gl.constexpr = Q.dtype.element_ty
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 64, 16])
+    KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, D, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 64, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    # A warp copies 4 pieces of 128 bytes, or stores pieces as wide as the staged tile.
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [W, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+
+    p_item = ITEMS + 6 * gl.program_id(0)
+    count = gl.load(p_item + 4)
+    if count == 0:
+        return
+    i_h, i_s, block = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
+    first = gl.load(p_item + 3).to(gl.int64)
+    start_k = gl.load(CU_K + i_s)
+    len_k = gl.load(CU_K + i_s + 1) - start_k
+    shift = len_k - gl.load(CU_Q + i_s + 1)  # from a query's row to its position
+    num_rows = count * G
+    head0 = (kv_head0 + i_h) * G
+    P = TOKENS + first
+
+    k_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
+    v_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
+    q_tiles = gl.allocate_shared_memory(TYPE, [2, 64, D], SHARED)
+    do_tiles = gl.allocate_shared_memory(TYPE, [2, 64, D], SHARED)
+    ds_tile = gl.allocate_shared_memory(TYPE, [B, 64], SHARED)
+    stage = gl.allocate_shared_memory(TYPE, [64, COLS], SHARED)
+    starts = gl.allocate_shared_memory(gl.float32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    lse_starts = starts.slice(0, 64)
+    delta_starts = starts.slice(64, 64)
+
+    o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, COPY))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+    m_k = (o_k < len_k)[:, None]
+    key = (start_k + o_k).to(gl.int64)
+    kv_head = (kv_head0 + i_h).to(gl.int64)
+    async_copy.async_copy_global_to_shared(k_tile, K + ((key * sk_t8 + kv_head * sk_h8) * 8)[:, None] + o_d, mask=m_k)
+    async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_d, mask=m_k)
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+    for j in gl.static_range(2):
+        token = _tokens_of(P, j * 64 + row, count, G)
+        _fetch(q_tiles.index(j), do_tiles.index(j), Q, DO, token, j * 64 + row, num_rows, sq_t8, sq_h8, head0,
+               num_heads, G, Q_PACKED, COPY)
+    token = _tokens_of(P, 128 + row, count, G)
+    line = gl.arange(0, 128, layout=LINE)
+    is_lse = line < 64
+    line = line % 64
+    start = _start_values(LSE, DELTA, _tokens_of(P, line, count, G), line, num_rows, is_lse, head0, num_heads, scale, G)
+    starts.store(start)
+    start = _start_values(LSE, DELTA, _tokens_of(P, 64 + line, count, G), 64 + line, num_rows, is_lse, head0,
+                          num_heads, scale, G)
+    start_token = _tokens_of(P, 128 + line, count, G)
+    first_token = gl.load(P)
+
+    scale2 = scale * LOG2E
+    zero_s = gl.zeros([B, 64], gl.float32, S_LAYOUT)
+    zero_dq = gl.zeros([64, COLS], gl.float32, DQ_LAYOUT)
+    dk = gl.zeros([B, D], gl.float32, KV_LAYOUT)
+    dv = gl.zeros([B, D], gl.float32, KV_LAYOUT)
+    if WITH_DQ:
+        p_dq = DQP + first * (G * D)
+    for i in range(gl.cdiv(num_rows, 64)):
+        q_tile = q_tiles.index(i % 2)
+        do_tile = do_tiles.index(i % 2)
+        async_copy.wait_group(1)
+        fence_async_shared()
+        s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), _spread(lse_starts, zero_s, S_LAYOUT), is_async=True)
+        dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), _spread(delta_starts, zero_s, S_LAYOUT), is_async=True)
+        has_future = first_token + shift < block * B + B - 1  # tokens ascend: only the first tiles of a list
+        first_token = gl.load(P + gl.minimum((i * 64 + 64) // G, count - 1))
+        s = warpgroup_mma_wait(1, deps=(s,))
+        s = s * scale2
+        if has_future:
+            position = _tokens_of(P, i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT)), count, G) + shift
+            o_s = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
+            s = gl.where(o_s[:, None] <= position[None, :], s, -float("inf"))
+        p = gl.exp2(s)
+        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND), do_tile, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds = (p * (dp * scale)).to(TYPE)
+        if WITH_DQ:
+            ds_tile.store(ds)
+        dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_tile, dk, is_async=True)
+        if WITH_DQ:
+            fence_async_shared()
+            ds_rows = ds_tile.permute((1, 0))
+            dq = warpgroup_mma(ds_rows, k_tile.slice(0, COLS, 1), zero_dq, use_acc=False, is_async=True)
+            dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
+            if COLS < D:
+                dq_right = warpgroup_mma(ds_rows, k_tile.slice(COLS, COLS, 1), zero_dq, use_acc=False, is_async=True)
+            stage.store(dq.to(TYPE))
+        else:
+            dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        # A warp only knows that its own products have read the tile: wait for the others before it is overwritten.
+        barrier()
+        starts.store(start)
+        row_next = (i + 2) * 64 + row
+        _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, G, Q_PACKED, COPY)
+        line_next = (i + 2) * 64 + line
+        start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
+        token = _tokens_of(P, row_next + 64, count, G)
+        start_token = _tokens_of(P, line_next + 64, count, G)
+        if WITH_DQ:
+            left = num_rows - i * 64
+            _store_rows(p_dq, stage, left, COLS, STORE)
+            if COLS < D:
+                dq_right = warpgroup_mma_wait(0, deps=(dq_right,))
+                stage.store(dq_right.to(TYPE))
+                _store_rows(p_dq + COLS, stage, left, COLS, STORE)
+            p_dq += 64 * D
+    async_copy.wait_group(0)
+
+    i_h, i_s, block, slot = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 5)
+    o_b = gl.arange(0, B, layout=gl.SliceLayout(1, KV_LAYOUT))
+    o_c = gl.arange(0, D, layout=gl.SliceLayout(0, KV_LAYOUT))[None, :]
+    if slot >= 0:
+        p_slice = SLICES + (slot.to(gl.int64) * B + o_b)[:, None] * (2 * D) + o_c
+        gl.store(p_slice, dk)
+        gl.store(p_slice + D, dv)
+    else:
+        start_k = gl.load(CU_K + i_s)
+        len_k = gl.load(CU_K + i_s + 1) - start_k
+        m_b = (block * B + o_b < len_k)[:, None]
+        o_out = (((start_k + block * B + o_b).to(gl.int64) * out_heads + out_head0 + i_h) * D)[:, None] + o_c
+        if ADD:
+            dk += gl.load(DK + o_out, mask=m_b, other=0.0)
+            dv += gl.load(DV + o_out, mask=m_b, other=0.0)
+        gl.store(DK + o_out, dk.to(DK.dtype.element_ty), mask=m_b)
+        gl.store(DV + o_out, dv.to(DV.dtype.element_ty), mask=m_b)
+
+
+def gradient(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
+    kv_head0: int, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, out_head0: int,
+    slices: Tensor, add: bool,
+) -> None:
+    """Walk all items of `lists`: dK and dV to `out_k` and `out_v` or, of blocks with several items, to `slices`.
+
+    Args:
+        do, lse, delta: contiguous.
+        q, k, v: strides that are multiples of 8 elements, 16-byte aligned.
+        kv_head0: KV head of `q`, `k`, `v` that head 0 of the lists stands for.
+        scale: not 0.
+        dq_partials: `[pairs * G, 128]` in list order, one partial for each pair; None if dQ is not wanted.
+        out_k, out_v: contiguous `[total_k, heads, 128]`; head 0 of the lists is their head `out_head0`.
+        slices: float32 `[slices, B, 256]`, dK beside dV.
+        add: add to `out_k` and `out_v`, which are float32.
+    """
+    Hq, (_, Hkv, D) = q.shape[1], k.shape
+    B = plan.config.slc_block
+    strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
+    _gradient_sm90_kernel[(lists.items.shape[0],)](
+        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, dq_partials, out_k, out_v, slices,
+        *strides, out_k.shape[1], out_head0, kv_head0, Hq, scale,
+        G=Hq // Hkv, B=B, Q_PACKED=q.stride()[:2] == (Hq * D, D), WITH_DQ=dq_partials is not None, ADD=add,
+        num_warps=B // 16,
+    )

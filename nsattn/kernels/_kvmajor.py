@@ -1,0 +1,187 @@
+"""The KV-block-major schedule (Flash Sparse Attention, arXiv 2508.18224) of Eq 11, 12: all but its large kernels.
+
+Outer loop over KV blocks, inner loop over the query rows that chose the block, so tiles are full for any group size.
+
+Forward: a *partial* kernel, one program per item of a block's list, keeps K and V of the block on chip, gathers query
+rows and writes, in list order, the normalised partial output (input type) and its base-2 lse (float32) of every row.
+*merge*, one warp per few rows, weighs the N partials of a row by exp2(lse_i - lse) and adds them in float32. There is
+no statistics pass: partials carry their own lse, as in split-KV decoding.
+
+Backward: `_gradient.selected_dkv` accumulates dK and dV of a block on chip and writes dQ partials in list order; *sum*
+adds the partials of a row. No float atomics: everything repeats bit for bit.
+
+Work is cut by KV heads, then by token rows, so that partials fit the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsattn.kernels._gradient import Gradient, backward_size, selected_dkv
+from nsattn.kernels._lists import BlockLists, Chunk, chunks, invert, lists_bytes
+from nsattn.kernels._tile import (
+    delta_bytes,
+    load_rows,
+    lse_dtype,
+    next_power_of_2,
+    row_delta,
+    softmax_finish,
+    store_rows,
+)
+from nsattn.plan import Plan
+
+
+class Schedule(NamedTuple):
+    """A partial kernel and the lists that suit it. Rows are (token, head) pairs."""
+
+    partial: Callable[..., None]
+    rows_per_item: int  # long enough to pay for loading K and V, short enough to balance
+    rows_per_range: int  # the queries of a token range stay in the L2 cache while all blocks pass by
+
+    def cut(self, G: int) -> dict[str, int]:
+        """Options of `invert`."""
+        return {"pairs_per_item": -(-self.rows_per_item // G), "span": max(1, self.rows_per_range // G)}
+
+
+@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "head0", "num_heads"])
+def _merge_kernel(
+    OP, LSEP, INVERSE, O, LSE, row0, num_rows, heads, head0, num_heads,
+    DVAL: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Output and lse of BR rows (token, head): their N partials weighed by exp2(lse_i - lse) (Eq 11, 12)."""
+    ACC: tl.constexpr = LSEP.dtype.element_ty
+    i_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_row = i_row < num_rows
+    token, head = i_row // (heads * G), i_row % (heads * G)
+    p_inv = INVERSE + (token * heads + head // G) * N
+    o_n, o_v = tl.arange(0, BN), tl.arange(0, BDV)
+    # [BR, BN]
+    places = tl.load(p_inv[:, None] + o_n[None, :], mask=m_row[:, None] & (o_n < N)[None, :], other=-1)
+    lse2 = tl.load(LSEP + (places.to(tl.int64) * G + (head % G)[:, None]), mask=places >= 0, other=-float("inf"))
+    m = tl.max(lse2, 1)
+    m_ref = tl.where(m == -float("inf"), 0.0, m)
+    l = tl.sum(tl.exp2(lse2 - m_ref[:, None]), 1)
+    acc = tl.zeros([BR, BDV], ACC)
+    for i in range(0, N, UNROLL):
+        for j in tl.static_range(UNROLL):  # places and lse come from the L1 cache here: cheaper than shuffles
+            place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
+            partial = place * G + head % G
+            w = tl.exp2(tl.load(LSEP + partial, mask=place >= 0, other=-float("inf")) - m_ref)
+            acc += w[:, None] * load_rows(OP, partial, o_v, DVAL, place >= 0, DVAL)
+    b_o, lse = softmax_finish(m, l, acc)
+    out = (row0 + token) * num_heads + head0 * G + head
+    store_rows(O, b_o, out, o_v, DVAL, m_row, DVAL)
+    tl.store(LSE + out, lse, mask=m_row)
+
+
+def merge_rows(width: int) -> int:
+    """Rows of one warp: 8 columns a thread, so that a gather of 16-bit partials moves 16 bytes a thread."""
+    return max(1, 256 // width)
+
+
+def merge(partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse: Tensor, chunk: Chunk, G: int) -> None:
+    """Output and lse of the rows and KV heads of a chunk from their partials."""
+    N, Dv = inverse.shape[-1], o.shape[-1]
+    BDV = next_power_of_2(Dv)
+    num_rows, BR = chunk.rows * chunk.heads * G, merge_rows(BDV)
+    _merge_kernel[(triton.cdiv(num_rows, BR),)](
+        partials, partial_lse, inverse, o, lse, chunk.row0, num_rows, chunk.heads, chunk.head0, o.shape[1],
+        DVAL=Dv, BDV=BDV, G=G, N=N, BN=triton.next_power_of_2(N), UNROLL=min(N, 16), BR=BR, num_warps=1,
+    )  # fmt: skip
+
+
+def forward_size(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, schedule: Schedule) -> Callable[[int, int], int]:
+    """Scratch of a chunk of (rows, KV heads) in the forward, in bytes: lists, partial outputs and their lse."""
+    G = q.shape[1] // k.shape[1]
+    row = N * G * (v.shape[-1] * q.element_size() + lse_dtype(q).itemsize)
+    return lambda rows, heads: rows * heads * row + lists_bytes(plan, rows, heads, N, **schedule.cut(G))
+
+
+def scratch_bytes(
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, workspace: int, backward: bool, schedule: Schedule,
+    kernel: Gradient,
+) -> int:
+    """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
+    if backward:
+        size = backward_size(q, k, v, N, plan, kernel, with_dq=True)
+    else:
+        size = forward_size(q, k, v, N, plan, schedule)
+    largest = max((size(c.rows, c.heads) for c in chunks(plan, k.shape[1], size, workspace)), default=0)
+    return largest + (delta_bytes(q) if backward else 0)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor, plan: Plan, *, scale: float, workspace: int, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """o and lse of the selected branch: partials of a chunk of the batch, then their merge, chunk by chunk."""
+    (T, Hq, _), (Hkv, Dv), N = q.shape, v.shape[1:], block_idx.shape[-1]
+    G, kind = Hq // Hkv, lse_dtype(q)
+    o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
+    lse = torch.empty(T, Hq, dtype=kind, device=q.device)
+    for chunk in chunks(plan, Hkv, forward_size(q, k, v, N, plan, schedule), workspace):
+        lists = invert(block_idx, plan, chunk, **schedule.cut(G))
+        rows = chunk.rows * chunk.heads * N * G
+        partials = torch.empty(rows, Dv, dtype=q.dtype, device=q.device)
+        partial_lse = torch.empty(rows, dtype=kind, device=q.device)
+        schedule.partial(q, k, v, lists, plan, chunk.head0, scale, partials, partial_lse)
+        merge(partials, partial_lse, lists.inverse, o, lse, chunk, G)
+        del lists, partials, partial_lse  # before the next chunk allocates its own
+    return o, lse
+
+
+@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "head0", "num_heads"])
+def _sum_dq_kernel(
+    DQP, INVERSE, DQ, row0, num_rows, heads, head0, num_heads,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, SUBS: tl.constexpr, UNROLL: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """dQ of BR rows (token, head): the sum of their partials, slot by slot, in float32."""
+    ACC: tl.constexpr = tl.float64 if DQP.dtype.element_ty == tl.float64 else tl.float32
+    i_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_row = i_row < num_rows
+    token, head = i_row // (heads * G), i_row % (heads * G)
+    o_d = tl.arange(0, BD)
+    acc = tl.zeros([BR, BD], ACC)
+    p_inv = INVERSE + (token * heads + head // G) * N
+    for i in range(0, N, UNROLL):
+        for j in tl.static_range(UNROLL):
+            place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
+            m = (place >= 0)[:, None] & (o_d < D)[None, :]
+            for i_sub in range(SUBS):
+                p = DQP + (((place * G + head % G) * SUBS + i_sub) * D)[:, None] + o_d[None, :]
+                acc += tl.load(p, mask=m, other=0.0).to(ACC)
+    out = (row0 + token) * num_heads + head0 * G + head
+    tl.store(DQ + (out * D)[:, None] + o_d[None, :], acc.to(DQ.dtype.element_ty),
+             mask=m_row[:, None] & (o_d < D)[None, :])
+
+
+def backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_idx: Tensor,
+    plan: Plan, *, scale: float, workspace: int, kernel: Gradient,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the selected branch."""
+    (T, Hq, D), N = q.shape, block_idx.shape[-1]
+    G = Hq // k.shape[1]
+    dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
+    BD = next_power_of_2(D)
+    BR = max(1, 1024 // BD)  # 1024 accumulators, and N gathers of a row in flight
+
+    def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
+        num_rows = chunk.rows * chunk.heads * G
+        _sum_dq_kernel[(triton.cdiv(num_rows, BR),)](
+            partials, lists.inverse, dq, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
+            D=D, BD=BD, G=G, N=N, SUBS=kernel.parts, UNROLL=min(N, 16) if kernel.parts == 1 else 1, BR=BR, num_warps=2,
+        )
+
+    delta = row_delta(o, do, dlse)
+    dk, dv = selected_dkv(
+        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel, take_dq=sum_dq
+    )
+    return dq, dk, dv

@@ -1,0 +1,114 @@
+"""Block lists against an inversion in plain Python: packed lengths, chunks, ranges, hostile entries."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nsattn import NSAConfig
+from nsattn.kernels._lists import SLACK, Chunk, chunks, invert, lists_bytes
+from nsattn.testing import hostile_selection, make_inputs, random_selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter"
+)
+CONFIG = NSAConfig(8, 4, 16, 4, 20)
+
+
+def plan_of(lengths, lengths_k=None, heads=2):
+    return make_inputs(
+        lengths, lengths_k=lengths_k, num_kv_heads=heads, group=1, head_dim=16, config=CONFIG, slack=3, device=DEVICE,
+        dtype=torch.float32,
+    ).plan  # fmt: skip
+
+
+def naive(block_idx, plan, chunk):
+    """Query rows of each (KV head in the chunk, sequence, block), and the first slot of each (row, head, block)."""
+    cu_q, cu_k = plan.cu_q.tolist(), plan.cu_k.tolist()
+    lists, slots = {}, {}
+    for s in range(plan.num_seqs):
+        len_q, len_k = cu_q[s + 1] - cu_q[s], cu_k[s + 1] - cu_k[s]
+        for i in range(len_q):
+            row, position = cu_q[s] + i, len_k - len_q + i
+            if not chunk.row0 <= row < chunk.row1:
+                continue
+            for h in range(chunk.head0, chunk.head1):
+                for n, block in enumerate(block_idx[row, h].tolist()):
+                    key = row, h - chunk.head0, block
+                    if 0 <= block <= position // plan.config.slc_block and position >= 0 and key not in slots:
+                        slots[key] = n
+                        lists.setdefault((h - chunk.head0, s, block), []).append(row)
+    return lists, slots
+
+
+@pytest.mark.parametrize("lengths", [(150, 0, 1, 70), (300,), (1,) * 20, (0, 0), (64, 128)], ids=str)
+@pytest.mark.parametrize("select", [random_selection, hostile_selection])
+def test_invert(lengths, select):
+    check(plan_of(lengths), select)
+
+
+def test_invert_chunked_prefill():
+    check(plan_of((5, 64, 65, 63), (100, 64, 70, 40)), random_selection)
+
+
+def check(plan, select):
+    block_idx = select(plan, 2)
+    whole = Chunk(0, plan.total_q, 0, 2)
+    part = Chunk(64, min(128, plan.total_q), 1, 2)
+    for chunk in (whole, part) if plan.total_q > 64 else (whole,):
+        lists, slots = naive(block_idx, plan, chunk)
+        for span in (None, 64):
+            got = invert(block_idx, plan, chunk, pairs_per_item=7, span=span)
+            found, slices = {}, []
+            for head, sequence, block, first, count, slot in got.items.tolist():
+                assert 0 <= count <= 7
+                if count:
+                    found.setdefault((head, sequence, block), []).extend(got.tokens[first : first + count].tolist())
+                    slices += [slot] if slot >= 0 else []
+            if span is None:
+                assert found == lists
+            else:
+                assert {key: sorted(rows) for key, rows in found.items()} == lists
+                if plan.num_seqs == 1:  # a range of tokens comes whole before the next
+                    assert found == lists
+            assert slices == list(range(len(slices))) and len(slices) <= got.num_slices
+            assert int((got.inverse >= 0).sum()) == len(slots)
+            for (row, head, _), n in slots.items():
+                assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row
+
+
+def test_chunks_cover_everything_within_the_budget():
+    plan = plan_of((5000, 0, 300), heads=8)
+
+    def size(rows, heads):
+        return rows * heads * 500 + lists_bytes(plan, rows, heads, 4, 7)
+
+    for workspace in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 30):
+        pieces = list(chunks(plan, 8, size, workspace))
+        cells = {(c.head0, c.row0, c.head1, c.row1) for c in pieces}
+        assert sum(c.rows * c.heads for c in pieces) == 8 * plan.total_q and len(cells) == len(pieces)
+        budget = workspace + SLACK if workspace >= SLACK else workspace
+        assert all(size(c.rows, c.heads) <= max(budget, size(64, 1)) for c in pieces)
+
+
+def test_lists_bytes_is_what_the_lists_take():
+    """Storage of everything `invert` makes, temporaries included, on a batch where all terms count."""
+    plan = plan_of((3000, 500))
+    block_idx = random_selection(plan, 2)
+    made = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None and not function.is_view:
+                made.append(result.untyped_storage())
+            return result
+
+    with Count():
+        invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2), pairs_per_item=7)
+    given = {x.untyped_storage()._cdata for x in (block_idx, *plan) if isinstance(x, torch.Tensor)}
+    taken = sum({storage._cdata: storage.nbytes() for storage in made if storage._cdata not in given}.values())
+    assert taken == pytest.approx(lists_bytes(plan, plan.total_q, 2, 4, 7), rel=0.1)
