@@ -27,8 +27,9 @@ def estimate_memory(
 ) -> int:
     """Peak bytes that `attend_selected` allocates beyond its inputs and outputs, on a GPU.
 
-    At most `workspace` + 64 MiB, and for each token and query head four bytes in the backward. Nothing is allocated
-    and no GPU is needed.
+    At most `workspace` + 64 MiB. In the backward, four bytes more for each token and query head; and where one KV head
+    does not fit, float32 sums of its dk and dv, as far as they take more than half of the workspace (with heads of 128,
+    that is beyond 524,288 tokens). Nothing is allocated and no GPU is needed.
 
     Args:
         total: tokens of the batch, over all sequences.

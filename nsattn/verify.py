@@ -69,6 +69,7 @@ def gpu_cases() -> list[Case]:
     cases = [base, Case("hostile", hostile=True, axis="hostile"), Case("chunked prefill", (100, 30), (640, 30)),
              Case("decode", (1, 1, 1), (1000, 63, 1)), Case("more queries than keys", (200, 64), (90, 64)),
              Case("small workspace", lengths=(4000,), workspace=1 << 20, num_kv_heads=1, axis="workspace"),
+             Case("groups cut", lengths=(4000,), workspace=48 << 20, num_kv_heads=1, group=5, axis="workspace"),
              Case("long lists", lengths=(6000,), config=few, num_kv_heads=1, group=2, axis="workspace")]
     cases += [replace(base, name=f"G={g}", group=g, axis="G") for g in (1, 2, 3, 5, 6, 7, 8, 16, 32, 64)]
     cases += [replace(base, name=f"D={d}", head_dim=d, axis="D") for d in (32, 64, 80, 96, 192, 256)]
@@ -103,6 +104,7 @@ def interpreter_cases() -> list[Case]:
         replace(base, name="decode", lengths=(1, 1, 1), lengths_k=(50, 9, 1)),
         replace(base, name="more queries than keys", lengths=(30, 8), lengths_k=(11, 0)),
         replace(base, name="small workspace", lengths=(130,), workspace=1 << 14, axis="workspace"),
+        replace(base, name="groups cut", lengths=(130,), workspace=1 << 17, group=5, axis="workspace"),
         replace(base, name="G=5, two KV heads", lengths=(40, 33), num_kv_heads=2, group=5, axis="G"),
         replace(base, name="D=80 Dv=16", lengths=(33,), head_dim=80, v_head_dim=16, axis="D"),
         replace(base, name="l=16 d=4, nothing forced", lengths=(70,), axis="cmp",

@@ -56,8 +56,8 @@ def test_invert_chunked_prefill():
 
 def check(plan, select):
     block_idx = select(plan, 2)
-    whole = Chunk(0, plan.total_q, 0, 2)
-    part = Chunk(64, min(128, plan.total_q), 1, 2)
+    whole = Chunk(0, plan.total_q, 0, 2, 0, 1)
+    part = Chunk(64, min(128, plan.total_q), 1, 2, 0, 1)
     for chunk in (whole, part) if plan.total_q > 64 else (whole,):
         lists, slots = naive(block_idx, plan, chunk)
         for span in (None, 64):
@@ -80,18 +80,25 @@ def check(plan, select):
                 assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row
 
 
-def test_chunks_cover_everything_within_the_budget():
+@pytest.mark.parametrize("group", [1, 4, 5])
+def test_chunks_cover_everything_within_the_budget(group):
     plan = plan_of((5000, 0, 300), heads=8)
 
-    def size(rows, heads):
-        return rows * heads * 500 + lists_bytes(plan, rows, heads, 4, 7)
+    def size(rows, heads, part):
+        return rows * heads * part * 500 + lists_bytes(plan, rows, heads, 4, 7)
 
-    for workspace in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 30):
-        pieces = list(chunks(plan, 8, size, workspace))
-        cells = {(c.head0, c.row0, c.head1, c.row1) for c in pieces}
-        assert sum(c.rows * c.heads for c in pieces) == 8 * plan.total_q and len(cells) == len(pieces)
+    cuts = set()
+    for workspace in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 23, 1 << 24, 1 << 30):
+        pieces = list(chunks(plan, 8, group, size, workspace))
+        assert len(set(pieces)) == len(pieces)
+        assert sum(c.rows * c.heads * c.group for c in pieces) == 8 * group * plan.total_q
         budget = workspace + SLACK if workspace >= SLACK else workspace
-        assert all(size(c.rows, c.heads) <= max(budget, size(64, 1)) for c in pieces)
+        assert all(size(c.rows, c.heads, c.group) <= max(budget, size(64, 1, group)) for c in pieces)
+        cuts.add((pieces[0].rows < plan.total_q, pieces[0].group < group, pieces[0].heads < 8))
+        # What keeps the lists whole comes first: heads, then parts of a group, then rows.
+        assert not (pieces[0].rows < plan.total_q or pieces[0].group < group) or pieces[0].heads == 1
+    assert {(True, False, True), (False, False, False)} <= cuts
+    assert ((False, True, True) in cuts) == (group > 1)
 
 
 def test_lists_bytes_is_what_the_lists_take():
@@ -108,7 +115,7 @@ def test_lists_bytes_is_what_the_lists_take():
             return result
 
     with Count():
-        invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2), pairs_per_item=7)
+        invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), pairs_per_item=7)
     given = {x.untyped_storage()._cdata for x in (block_idx, *plan) if isinstance(x, torch.Tensor)}
     taken = sum({storage._cdata: storage.nbytes() for storage in made if storage._cdata not in given}.values())
     assert taken == pytest.approx(lists_bytes(plan, plan.total_q, 2, 4, 7), rel=0.1)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._lists import BlockLists, Chunk, chunks, invert, last_at_most, lists_bytes, load_item
+from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, last_at_most, lists_bytes, load_item
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
+    delta_bytes,
     dot,
     load_rows,
     lse_dtype,
@@ -53,10 +54,10 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
     return next((tile for tile in tiles if fits(*tile)), tiles[-1])
 
 
-@triton.jit(do_not_specialize=["head0", "kv_head0", "num_heads"])
+@triton.jit(do_not_specialize=["num_heads"])
 def _gradient_kernel(
     Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
-    sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sdk_t, sdk_h, sdv_t, sdv_h, head0, kv_head0, num_heads, scale,
+    sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sdk_t, sdk_h, sdv_t, sdv_h, num_heads, scale,
     D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     BK: tl.constexpr, BM: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
 ):
@@ -75,7 +76,7 @@ def _gradient_kernel(
     o_k = block * B + i_sub * BK + tl.arange(0, BK)
     m_k = o_k < len_k
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
-    kv_head = (kv_head0 + i_h).to(tl.int64)
+    kv_head = i_h.to(tl.int64)
     b_k = load_rows(K + kv_head * sk_h, start_k + o_k, o_d, sk_t, m_k, D)
     b_v = load_rows(V + kv_head * sv_h, start_k + o_k, o_v, sv_t, m_k, DVAL)
     b_dk = tl.zeros([BD, BK], ACC)
@@ -85,7 +86,7 @@ def _gradient_kernel(
         m_r = row < count * G
         row = tl.minimum(row, count * G - 1)  # the tail repeats the last row instead of masking every load
         token = tl.load(TOKENS + first + row // G)
-        head = (kv_head0 + i_h) * G + row % G
+        head = i_h * G + row % G
         wide = token.to(tl.int64)
         # [BM, BD], [BM, BDV]
         b_q = load_rows(Q, wide * sq_t + head * sq_h, o_d, 1, row >= 0, D)
@@ -112,9 +113,8 @@ def _gradient_kernel(
         tl.store(p_slice + o_d[:, None], b_dk, mask=m_dk)
         tl.store(p_slice + D + o_v[:, None], b_dv, mask=m_dv)
     else:
-        out_head = (head0 + i_h).to(tl.int64)
-        p_dk = DK + out_head * sdk_h + (start_k + o_k)[None, :] * sdk_t + o_d[:, None]
-        p_dv = DV + out_head * sdv_h + (start_k + o_k)[None, :] * sdv_t + o_v[:, None]
+        p_dk = DK + kv_head * sdk_h + (start_k + o_k)[None, :] * sdk_t + o_d[:, None]
+        p_dv = DV + kv_head * sdv_h + (start_k + o_k)[None, :] * sdv_t + o_v[:, None]
         if ADD:
             b_dk += tl.load(p_dk, mask=m_dk, other=0.0)
             b_dv += tl.load(p_dv, mask=m_dv, other=0.0)
@@ -122,9 +122,9 @@ def _gradient_kernel(
         tl.store(p_dv, b_dv.to(DV.dtype.element_ty), mask=m_dv)
 
 
-@triton.jit(do_not_specialize=["head0", "num_blk", "num_seqs"])
+@triton.jit(do_not_specialize=["num_blk", "num_seqs"])
 def _sum_slices_kernel(
-    SLICES, FIRST, DK, DV, CU_K, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, head0, num_blk, num_seqs,
+    SLICES, FIRST, DK, DV, CU_K, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
     D: tl.constexpr, DVAL: tl.constexpr, BDD: tl.constexpr, B: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
 ):
     """dK, dV of BR keys of a block whose list was cut: the sum of its slices, in order."""
@@ -144,7 +144,7 @@ def _sum_slices_kernel(
     for i in range(first, last):
         p = SLICES + i * (B * (D + DVAL)) + o_r[:, None] * (D + DVAL) + o_d[None, :]
         acc += tl.load(p, mask=(o_d < D + DVAL)[None, :] & (o_k < len_k)[:, None], other=0.0)
-    head = (head0 + i_list // num_blk).to(tl.int64)
+    head = (i_list // num_blk).to(tl.int64)
     m_k = (o_k < len_k)[:, None]
     p_dk = DK + head * sdk_h + (start_k + o_k)[:, None] * sdk_t + o_d[None, :]
     p_dv = DV + head * sdv_h + (start_k + o_k)[:, None] * sdv_t + (o_d - D)[None, :]
@@ -157,15 +157,15 @@ def _sum_slices_kernel(
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    kv_head0: int, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, out_head0: int,
-    slices: Tensor, add: bool,
+    scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
 ) -> None:
     """Walk the lists once: dK, dV of every block, or slices of them where a list is cut, and dQ partials in list order.
 
     Args:
-        lists: of the KV heads from `kv_head0` on.
+        do, q, k, v, lse, delta: all rows, and the heads of the lists. Of do, lse and delta, views of the heads of
+            contiguous tensors.
         dq_partials: `[pairs * G * parts, D]` like q, or None to leave them out; `parts` of `plain_gradient`.
-        out_k, out_v: where dK, dV of the first of these heads go, at head `out_head0`; with `add`, float32 sums.
+        out_k, out_v: like k and v, views of heads of contiguous tensors; with `add`, float32 sums.
         slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
     """
     D, Dv, B = q.shape[-1], v.shape[-1], plan.config.slc_block
@@ -174,7 +174,7 @@ def gradient(
         q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k,
         q if dq_partials is None else dq_partials, out_k, out_v, slices,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out_k.stride()[:2], *out_v.stride()[:2],
-        out_head0, kv_head0, q.shape[1], scale,
+        lse.stride(0), scale,
         D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B, BK=BK, BM=BM,
         WITH_DQ=dq_partials is not None, ADD=add, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -198,21 +198,38 @@ def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:
 
 
 def backward_size(
-    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, with_dq: bool
-) -> Callable[[int, int], int]:
-    """Scratch of a chunk of (rows, KV heads) in the backward, in bytes: lists, slices of dK and dV, dQ partials; and
-    the sums in which chunks of rows meet."""
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
+) -> Size:
+    """Scratch of a chunk in the backward: lists, slices of dK and dV, dQ partials, and the sums in which the chunks of
+    a KV head meet. Of these, at most half of the workspace counts: else little would be left for long sequences."""
     G, D, width, wide = q.shape[1] // k.shape[1], q.shape[2], q.shape[2] + v.shape[2], lse_dtype(q).itemsize
-    pairs_per_item = kernel.pairs_per_item(G)
 
-    def size(rows: int, heads: int) -> int:
-        pairs = rows * heads * N
+    def size(rows: int, heads: int, group: int) -> int:
+        pairs, pairs_per_item = rows * heads * N, kernel.pairs_per_item(group)
         slices = 2 * pairs // pairs_per_item * plan.config.slc_block * width * wide
-        partials = pairs * G * kernel.parts * D * q.element_size() if with_dq else 0
-        sums = plan.total_k * width * wide if rows < plan.total_q else 0
+        partials = pairs * group * kernel.parts * D * q.element_size() if with_dq else 0
+        whole = rows == plan.total_q and group == G
+        sums = 0 if whole else min(sums_bytes(q, v, plan), workspace // 2)
         return slices + partials + sums + lists_bytes(plan, rows, heads, N, pairs_per_item)
 
     return size
+
+
+def sums_bytes(q: Tensor, v: Tensor, plan: Plan) -> int:
+    """Float32 sums of dK and dV of one KV head."""
+    return plan.total_k * (q.shape[2] + v.shape[2]) * lse_dtype(q).itemsize
+
+
+def backward_bytes(
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
+) -> int:
+    """Peak scratch of the backward, delta counted."""
+    Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
+    size = backward_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=with_dq)
+    pieces = list(chunks(plan, Hkv, G, size, workspace))
+    largest = max((size(c.rows, c.heads, c.group) for c in pieces), default=0)
+    uncounted = max(0, sums_bytes(q, v, plan) - workspace // 2) if len(pieces) > Hkv else 0
+    return largest + uncounted + delta_bytes(q)
 
 
 def selected_dkv(
@@ -222,37 +239,43 @@ def selected_dkv(
     """dk and dv of the selected branch.
 
     Args:
-        take_dq: if given, called for each chunk with the dQ partials `[pairs * G * parts, D]` in list order, which the
-            same pass over the lists then writes. They are valid until it returns.
+        take_dq: if given, called for each chunk with the dQ partials `[pairs * group * parts, D]` in list order, which
+            the same pass over the lists then writes. They are valid until it returns.
     """
     T, D, Dv, Hkv, N = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1], block_idx.shape[-1]
     G, B, kind = q.shape[1] // Hkv, plan.config.slc_block, lse_dtype(q)
-    pairs_per_item = kernel.pairs_per_item(G)
+    size = backward_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=take_dq is not None)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    size = backward_size(q, k, v, N, plan, kernel, with_dq=take_dq is not None)
-    for chunk in chunks(plan, Hkv, size, workspace):
-        by_rows = chunk.rows < T  # the lists of one head come in several chunks: sum them in float32
-        if by_rows and chunk.row0 == 0:
-            sum_k = torch.zeros(k.shape[0], 1, D, dtype=kind, device=k.device)
-            sum_v = torch.zeros(k.shape[0], 1, Dv, dtype=kind, device=k.device)
-        out_k, out_v, head0 = (sum_k, sum_v, 0) if by_rows else (dk, dv, chunk.head0)
-        lists = invert(block_idx, plan, chunk, pairs_per_item=pairs_per_item)
-        num_partials = chunk.rows * chunk.heads * N * G * kernel.parts
+    lists, sums = None, ()
+    for chunk in chunks(plan, Hkv, G, size, workspace):
+        out = chunk.of_keys(dk), chunk.of_keys(dv)
+        several = chunk.rows < T or chunk.group < G  # chunks of one KV head: sum them in float32
+        if several and chunk.row0 == chunk.part0 == 0:
+            sums = sums or tuple(torch.empty(x.shape, dtype=kind, device=x.device) for x in out)
+            for x in sums:
+                x.zero_()
+        if chunk.part0 == 0:  # the query heads of a group share the lists
+            del lists
+            lists = invert(block_idx, plan, chunk, pairs_per_item=kernel.pairs_per_item(chunk.group))
+        num_partials = chunk.rows * chunk.heads * N * chunk.group * kernel.parts
         dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device) if take_dq else None
         slices = torch.empty(lists.num_slices, B, D + Dv, dtype=kind, device=q.device)
+        do_part, q_part, lse_part, delta_part = (chunk.of_queries(x, G) for x in (do, q, lse, delta))
+        out_k, out_v = sums if several else out
         kernel.launch(
-            do, q, k, v, lse, delta, lists, plan, chunk.head0, scale, dq_partials, out_k, out_v, head0, slices, by_rows
-        )
+            do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), lse_part, delta_part, lists, plan, scale, dq_partials,
+            out_k, out_v, slices, several,
+        )  # fmt: skip
         BR = 16
         _sum_slices_kernel[(lists.slices.shape[0] - 1, B // BR)](
             slices, lists.slices, out_k, out_v, plan.cu_k, plan.cu_blk, *out_k.stride()[:2], *out_v.stride()[:2],
-            head0, plan.total_blk, plan.num_seqs,
-            D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=by_rows, num_warps=4,
+            plan.total_blk, plan.num_seqs,
+            D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=several, num_warps=4,
         )  # fmt: skip
         if take_dq and dq_partials is not None:
             take_dq(chunk, lists, dq_partials)
-        if by_rows and chunk.row1 == T:
-            dk[:, chunk.head0 : chunk.head1] = sum_k
-            dv[:, chunk.head0 : chunk.head1] = sum_v
-        del lists, dq_partials, slices  # before the next chunk allocates its own
+        if several and chunk.row1 == T and chunk.part1 == G:
+            for x, total in zip(out, sums, strict=True):
+                x.copy_(total)
+        del dq_partials, slices  # before the next chunk allocates its own
     return dk, dv

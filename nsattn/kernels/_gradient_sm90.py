@@ -83,10 +83,10 @@ def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
              cache_modifier=".cs")
 
 
-@gluon.jit(do_not_specialize=["out_head0", "kv_head0"])
+@gluon.jit(do_not_specialize=["num_heads"])
 def _gradient_sm90_kernel(
     Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
-    sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, out_head0, kv_head0, num_heads, scale,
+    sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, num_heads, scale,
     G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, WITH_DQ: gl.constexpr, ADD: gl.constexpr,
 ):
     """dK, dV of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12):
@@ -119,7 +119,7 @@ def _gradient_sm90_kernel(
     len_k = gl.load(CU_K + i_s + 1) - start_k
     shift = len_k - gl.load(CU_Q + i_s + 1)  # from a query's row to its position
     num_rows = count * G
-    head0 = (kv_head0 + i_h) * G
+    head0 = i_h * G
     P = TOKENS + first
 
     k_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
@@ -136,7 +136,7 @@ def _gradient_sm90_kernel(
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
     m_k = (o_k < len_k)[:, None]
     key = (start_k + o_k).to(gl.int64)
-    kv_head = (kv_head0 + i_h).to(gl.int64)
+    kv_head = i_h.to(gl.int64)
     async_copy.async_copy_global_to_shared(k_tile, K + ((key * sk_t8 + kv_head * sk_h8) * 8)[:, None] + o_d, mask=m_k)
     async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_d, mask=m_k)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
@@ -224,7 +224,7 @@ def _gradient_sm90_kernel(
         start_k = gl.load(CU_K + i_s)
         len_k = gl.load(CU_K + i_s + 1) - start_k
         m_b = (block * B + o_b < len_k)[:, None]
-        o_out = (((start_k + block * B + o_b).to(gl.int64) * out_heads + out_head0 + i_h) * D)[:, None] + o_c
+        o_out = (((start_k + block * B + o_b).to(gl.int64) * out_heads + i_h) * D)[:, None] + o_c
         if ADD:
             dk += gl.load(DK + o_out, mask=m_b, other=0.0)
             dv += gl.load(DV + o_out, mask=m_b, other=0.0)
@@ -234,27 +234,14 @@ def _gradient_sm90_kernel(
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    kv_head0: int, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, out_head0: int,
-    slices: Tensor, add: bool,
+    scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
 ) -> None:
-    """Walk all items of `lists`: dK and dV to `out_k` and `out_v` or, of blocks with several items, to `slices`.
-
-    Args:
-        do, lse, delta: contiguous.
-        q, k, v: strides that are multiples of 8 elements, 16-byte aligned.
-        kv_head0: KV head of `q`, `k`, `v` that head 0 of the lists stands for.
-        scale: not 0.
-        dq_partials: `[pairs * G, 128]` in list order, one partial for each pair; None if dQ is not wanted.
-        out_k, out_v: contiguous `[total_k, heads, 128]`; head 0 of the lists is their head `out_head0`.
-        slices: float32 `[slices, B, 256]`, dK beside dV.
-        add: add to `out_k` and `out_v`, which are float32.
-    """
-    Hq, (_, Hkv, D) = q.shape[1], k.shape
-    B = plan.config.slc_block
+    """`_gradient.gradient` on Hopper: rows of q, k, v and do start at multiples of 16 bytes, `parts` is 1."""
+    D, B, num_heads = q.shape[2], plan.config.slc_block, lse.stride(0)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_sm90_kernel[(lists.items.shape[0],)](
         q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, dq_partials, out_k, out_v, slices,
-        *strides, out_k.shape[1], out_head0, kv_head0, Hq, scale,
-        G=Hq // Hkv, B=B, Q_PACKED=q.stride()[:2] == (Hq * D, D), WITH_DQ=dq_partials is not None, ADD=add,
-        num_warps=B // 16,
-    )
+        *strides, out_k.stride(0) // D, num_heads, scale,
+        G=q.shape[1] // k.shape[1], B=B, Q_PACKED=q.stride()[:2] == (num_heads * D, D),
+        WITH_DQ=dq_partials is not None, ADD=add, num_warps=B // 16,
+    )  # fmt: skip

@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import Gradient, backward_size, selected_dkv
-from nsattn.kernels._lists import BlockLists, Chunk, chunks, invert, lists_bytes
+from nsattn.kernels._gradient import Gradient, backward_bytes, selected_dkv
+from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, lists_bytes
 from nsattn.kernels._tile import (
-    delta_bytes,
     load_rows,
     lse_dtype,
     next_power_of_2,
@@ -49,9 +48,9 @@ class Schedule(NamedTuple):
         return {"pairs_per_item": -(-self.rows_per_item // G), "span": max(1, self.rows_per_range // G)}
 
 
-@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "head0", "num_heads"])
+@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "num_heads"])
 def _merge_kernel(
-    OP, LSEP, INVERSE, O, LSE, row0, num_rows, heads, head0, num_heads,
+    OP, LSEP, INVERSE, O, LSE, row0, num_rows, heads, num_heads,
     DVAL: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
     BR: tl.constexpr,
 ):
@@ -76,7 +75,7 @@ def _merge_kernel(
             w = tl.exp2(tl.load(LSEP + partial, mask=place >= 0, other=-float("inf")) - m_ref)
             acc += w[:, None] * load_rows(OP, partial, o_v, DVAL, place >= 0, DVAL)
     b_o, lse = softmax_finish(m, l, acc)
-    out = (row0 + token) * num_heads + head0 * G + head
+    out = (row0 + token) * num_heads + head  # O and LSE begin at the first of the heads and have rows of num_heads
     store_rows(O, b_o, out, o_v, DVAL, m_row, DVAL)
     tl.store(LSE + out, lse, mask=m_row)
 
@@ -86,22 +85,25 @@ def merge_rows(width: int) -> int:
     return max(1, 256 // width)
 
 
-def merge(partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse: Tensor, chunk: Chunk, G: int) -> None:
-    """Output and lse of the rows and KV heads of a chunk from their partials."""
+def merge(partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse: Tensor, chunk: Chunk) -> None:
+    """Output and lse of the rows of a chunk from their partials; o and lse hold the chunk's heads."""
     N, Dv = inverse.shape[-1], o.shape[-1]
     BDV = next_power_of_2(Dv)
-    num_rows, BR = chunk.rows * chunk.heads * G, merge_rows(BDV)
+    num_rows, BR = chunk.rows * chunk.heads * chunk.group, merge_rows(BDV)
     _merge_kernel[(triton.cdiv(num_rows, BR),)](
-        partials, partial_lse, inverse, o, lse, chunk.row0, num_rows, chunk.heads, chunk.head0, o.shape[1],
-        DVAL=Dv, BDV=BDV, G=G, N=N, BN=triton.next_power_of_2(N), UNROLL=min(N, 16), BR=BR, num_warps=1,
+        partials, partial_lse, inverse, o, lse, chunk.row0, num_rows, chunk.heads, lse.stride(0),
+        DVAL=Dv, BDV=BDV, G=chunk.group, N=N, BN=triton.next_power_of_2(N), UNROLL=min(N, 16), BR=BR, num_warps=1,
     )  # fmt: skip
 
 
-def forward_size(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, schedule: Schedule) -> Callable[[int, int], int]:
-    """Scratch of a chunk of (rows, KV heads) in the forward, in bytes: lists, partial outputs and their lse."""
-    G = q.shape[1] // k.shape[1]
-    row = N * G * (v.shape[-1] * q.element_size() + lse_dtype(q).itemsize)
-    return lambda rows, heads: rows * heads * row + lists_bytes(plan, rows, heads, N, **schedule.cut(G))
+def forward_size(q: Tensor, v: Tensor, N: int, plan: Plan, schedule: Schedule) -> Size:
+    """Scratch of a chunk in the forward: lists, partial outputs and their lse."""
+    row = v.shape[-1] * q.element_size() + lse_dtype(q).itemsize
+
+    def size(rows: int, heads: int, group: int) -> int:
+        return rows * heads * N * group * row + lists_bytes(plan, rows, heads, N, **schedule.cut(group))
+
+    return size
 
 
 def scratch_bytes(
@@ -110,11 +112,11 @@ def scratch_bytes(
 ) -> int:
     """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
     if backward:
-        size = backward_size(q, k, v, N, plan, kernel, with_dq=True)
-    else:
-        size = forward_size(q, k, v, N, plan, schedule)
-    largest = max((size(c.rows, c.heads) for c in chunks(plan, k.shape[1], size, workspace)), default=0)
-    return largest + (delta_bytes(q) if backward else 0)
+        return backward_bytes(q, k, v, N, plan, kernel, workspace=workspace, with_dq=True)
+    Hkv = k.shape[1]
+    size = forward_size(q, v, N, plan, schedule)
+    pieces = chunks(plan, Hkv, q.shape[1] // Hkv, size, workspace)
+    return max((size(c.rows, c.heads, c.group) for c in pieces), default=0)
 
 
 def forward(
@@ -125,20 +127,23 @@ def forward(
     G, kind = Hq // Hkv, lse_dtype(q)
     o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, Hq, dtype=kind, device=q.device)
-    for chunk in chunks(plan, Hkv, forward_size(q, k, v, N, plan, schedule), workspace):
-        lists = invert(block_idx, plan, chunk, **schedule.cut(G))
-        rows = chunk.rows * chunk.heads * N * G
+    for chunk in chunks(plan, Hkv, G, forward_size(q, v, N, plan, schedule), workspace):
+        if chunk.part0 == 0:  # the query heads of a group share the lists
+            lists = None
+            lists = invert(block_idx, plan, chunk, **schedule.cut(chunk.group))
+        rows = chunk.rows * chunk.heads * N * chunk.group
         partials = torch.empty(rows, Dv, dtype=q.dtype, device=q.device)
         partial_lse = torch.empty(rows, dtype=kind, device=q.device)
-        schedule.partial(q, k, v, lists, plan, chunk.head0, scale, partials, partial_lse)
-        merge(partials, partial_lse, lists.inverse, o, lse, chunk, G)
-        del lists, partials, partial_lse  # before the next chunk allocates its own
+        q_part, o_part, lse_part = (chunk.of_queries(x, G) for x in (q, o, lse))
+        schedule.partial(q_part, chunk.of_keys(k), chunk.of_keys(v), lists, plan, scale, partials, partial_lse)
+        merge(partials, partial_lse, lists.inverse, o_part, lse_part, chunk)
+        del partials, partial_lse  # before the next chunk allocates its own
     return o, lse
 
 
-@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "head0", "num_heads"])
+@triton.jit(do_not_specialize=["row0", "num_rows", "heads", "num_heads"])
 def _sum_dq_kernel(
-    DQP, INVERSE, DQ, row0, num_rows, heads, head0, num_heads,
+    DQP, INVERSE, DQ, row0, num_rows, heads, num_heads,
     D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, SUBS: tl.constexpr, UNROLL: tl.constexpr,
     BR: tl.constexpr,
 ):
@@ -157,7 +162,7 @@ def _sum_dq_kernel(
             for i_sub in range(SUBS):
                 p = DQP + (((place * G + head % G) * SUBS + i_sub) * D)[:, None] + o_d[None, :]
                 acc += tl.load(p, mask=m, other=0.0).to(ACC)
-    out = (row0 + token) * num_heads + head0 * G + head
+    out = (row0 + token) * num_heads + head
     tl.store(DQ + (out * D)[:, None] + o_d[None, :], acc.to(DQ.dtype.element_ty),
              mask=m_row[:, None] & (o_d < D)[None, :])
 
@@ -174,11 +179,12 @@ def backward(
     BR = max(1, 1024 // BD)  # 1024 accumulators, and N gathers of a row in flight
 
     def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
-        num_rows = chunk.rows * chunk.heads * G
+        num_rows = chunk.rows * chunk.heads * chunk.group
         _sum_dq_kernel[(triton.cdiv(num_rows, BR),)](
-            partials, lists.inverse, dq, chunk.row0, num_rows, chunk.heads, chunk.head0, Hq,
-            D=D, BD=BD, G=G, N=N, SUBS=kernel.parts, UNROLL=min(N, 16) if kernel.parts == 1 else 1, BR=BR, num_warps=2,
-        )
+            partials, lists.inverse, chunk.of_queries(dq, G), chunk.row0, num_rows, chunk.heads, Hq,
+            D=D, BD=BD, G=chunk.group, N=N, SUBS=kernel.parts, UNROLL=min(N, 16) if kernel.parts == 1 else 1, BR=BR,
+            num_warps=2,
+        )  # fmt: skip
 
     delta = row_delta(o, do, dlse)
     dk, dv = selected_dkv(

@@ -46,16 +46,30 @@ class Chunk(NamedTuple):
 
     row0: int
     row1: int
-    head0: int
+    head0: int  # KV heads
     head1: int
+    part0: int  # query heads of each group: all of them, or some of the group of a single KV head
+    part1: int
+
+    @property
+    def rows(self) -> int:
+        return self.row1 - self.row0
 
     @property
     def heads(self) -> int:
         return self.head1 - self.head0
 
     @property
-    def rows(self) -> int:
-        return self.row1 - self.row0
+    def group(self) -> int:
+        return self.part1 - self.part0
+
+    def of_queries(self, x: Tensor, G: int) -> Tensor:
+        """The chunk's heads of `[T, Hq, ...]`, a view with all rows."""
+        return x[:, self.head0 * G + self.part0 : (self.head1 - 1) * G + self.part1]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The chunk's heads of `[T, Hkv, ...]`, a view with all rows."""
+        return x[:, self.head0 : self.head1]
 
 
 def lists_bytes(plan: Plan, rows: int, heads: int, N: int, pairs_per_item: int, span: int | None = None) -> int:
@@ -67,25 +81,36 @@ def lists_bytes(plan: Plan, rows: int, heads: int, N: int, pairs_per_item: int, 
     return 4 * (2 * pairs + 3 * words + 2 * 3 * (lists + 1) + 6 * (lists + pairs // pairs_per_item))
 
 
-def chunks(plan: Plan, num_kv_heads: int, size: Callable[[int, int], int], workspace: int) -> Iterator[Chunk]:
-    """Cut a batch so that the scratch of a chunk, `size(rows, heads)` bytes, fits the workspace and `SLACK`.
+Size = Callable[[int, int, int], int]  # scratch in bytes for so many query rows, KV heads and query heads per KV head
 
-    Cut by KV heads first, which costs nothing; by token rows only if one head does not fit.
+
+def chunks(plan: Plan, num_kv_heads: int, group: int, size: Size, workspace: int) -> Iterator[Chunk]:
+    """Cut a batch so that the scratch of a chunk fits the workspace and `SLACK`.
+
+    Cut by KV heads first, then by the query heads of a group, which both keep the lists whole; by token rows only if
+    one query head does not fit.
     """
     total = plan.total_q
     if total == 0:
         return
     budget = workspace + SLACK if workspace >= SLACK else workspace
-    heads = next((n for n in range(num_kv_heads, 0, -1) if size(total, n) <= budget), 0)
+    heads = next((n for n in range(num_kv_heads, 0, -1) if size(total, n, group) <= budget), 0)
+    part = group if heads else next((n for n in range(group, 0, -1) if size(total, 1, n) <= budget), 0)
     rows = total
-    if heads == 0:
-        heads, pieces = 1, 2
-        while rows > TILE and size(rows, 1) > budget:
+    if part == 0:
+        part, pieces = group, 2
+        while rows > TILE and size(rows, 1, group) > budget:
             rows = -(-total // (pieces * TILE)) * TILE  # equal pieces of whole tiles
             pieces += 1
+    part = -(-group // -(-group // part))  # as many pieces of the group, but equal ones
+    heads = max(1, heads)
     for head0 in range(0, num_kv_heads, heads):
         for row0 in range(0, total, rows):
-            yield Chunk(row0, min(row0 + rows, total), head0, min(head0 + heads, num_kv_heads))
+            for part0 in range(0, group, part):
+                yield Chunk(
+                    row0, min(row0 + rows, total), head0, min(head0 + heads, num_kv_heads),
+                    part0, min(part0 + part, group),
+                )  # fmt: skip
 
 
 def _columns(plan: Plan, rows: int, span: int | None) -> tuple[int, int]:
@@ -276,7 +301,7 @@ def invert(
             next: the queries of a range then stay in the L2 cache. Default: no cut.
     """
     N, B, device = block_idx.shape[-1], plan.config.slc_block, block_idx.device
-    (row0, row1, head0, _), heads, num_blk = chunk, chunk.heads, plan.total_blk
+    row0, row1, head0, heads, num_blk = chunk.row0, chunk.row1, chunk.head0, chunk.heads, plan.total_blk
     columns, ranges = _columns(plan, chunk.rows, span)
     span_columns = _span_columns(columns, span)
     num_lists = heads * ranges * num_blk

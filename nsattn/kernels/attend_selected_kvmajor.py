@@ -22,9 +22,9 @@ def forward_tile(D: int, Dv: int, B: int, element_size: int) -> tuple[int, int, 
     return 64, 8 if wide and B >= 64 else 4, 1
 
 
-@triton.jit(do_not_specialize=["kv_head0"])
+@triton.jit
 def _partial_kernel(
-    Q, K, V, TOKENS, ITEMS, CU_Q, CU_K, OP, LSEP, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, kv_head0, scale,
+    Q, K, V, TOKENS, ITEMS, CU_Q, CU_K, OP, LSEP, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, scale,
     D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr,
 ):
@@ -37,14 +37,14 @@ def _partial_kernel(
     start_k, len_k = bounds(CU_K, i_s)
     o_k = block * B + tl.arange(0, B)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
-    kv_head = (kv_head0 + i_h).to(tl.int64)
+    kv_head = i_h.to(tl.int64)
     b_k = load_rows(K + kv_head * sk_h, start_k + o_k, o_d, sk_t, o_k < len_k, D)
     b_v = load_rows(V + kv_head * sv_h, start_k + o_k, o_v, sv_t, o_k < len_k, DVAL)
     for r0 in range(0, count * G, BM):
         # The tail repeats the last row: it writes the same values again, which costs less than masks.
         row = tl.minimum(r0 + tl.arange(0, BM), count * G - 1)
         token = tl.load(TOKENS + first + row // G)
-        head = (kv_head0 + i_h) * G + row % G
+        head = i_h * G + row % G
         # [BM, BD]
         b_q = load_rows(Q, token.to(tl.int64) * sq_t + head * sq_h, o_d, 1, row >= 0, D)
         position = token - start_q.to(tl.int32) + len_k - len_q
@@ -60,13 +60,12 @@ def _partial_kernel(
 
 
 def partial(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, plan: Plan, head0: int, scale: float,
-    partials: Tensor, partial_lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, plan: Plan, scale: float, partials: Tensor, partial_lse: Tensor
 ) -> None:
     """Write the normalised partial output and base-2 lse of every row of the lists, in list order.
 
     Args:
-        lists: of the KV heads from `head0` on.
+        q, k, v: all rows, and the heads of the lists.
         partials: `[pairs * G, Dv]` like q, contiguous.
         partial_lse: `[pairs * G]`, float32 (float64 for float64 inputs).
     """
@@ -74,7 +73,7 @@ def partial(
     BM, warps, stages = forward_tile(D, Dv, B, q.element_size())
     _partial_kernel[(lists.items.shape[0],)](
         q, k, v, lists.tokens, lists.items, plan.cu_q, plan.cu_k, partials, partial_lse,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], head0, scale,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale,
         D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B, BM=BM,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

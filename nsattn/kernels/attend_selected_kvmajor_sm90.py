@@ -142,9 +142,9 @@ def tiles(
     async_copy.wait_group(0)
 
 
-@gluon.jit(do_not_specialize=["kv_head0"])
+@gluon.jit
 def _partial_sm90_kernel(
-    Q, K, V, TOKENS, ITEMS, CU_Q, CU_K, OP, LSEP, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, kv_head0, scale,
+    Q, K, V, TOKENS, ITEMS, CU_Q, CU_K, OP, LSEP, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, scale,
     G: gl.constexpr, B: gl.constexpr, GROUPS: gl.constexpr,
 ):
     """Partial outputs of the rows of one item: softmax over the visible keys of one block (Eq 11, 12).
@@ -163,7 +163,7 @@ def _partial_sm90_kernel(
     start_q, start_k = gl.load(CU_Q + i_s), gl.load(CU_K + i_s)
     len_k = gl.load(CU_K + i_s + 1) - start_k
     len_q = gl.load(CU_Q + i_s + 1) - start_q
-    kv_head = (kv_head0 + i_h).to(gl.int64)
+    kv_head = i_h.to(gl.int64)
 
     LAYOUT: gl.constexpr = fetch_layout(B)
     o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, LAYOUT))
@@ -197,14 +197,13 @@ def _partial_sm90_kernel(
 
 
 def partial(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, plan: Plan, head0: int, scale: float,
-    partials: Tensor, partial_lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, plan: Plan, scale: float, partials: Tensor, partial_lse: Tensor
 ) -> None:
     """`attend_selected_kvmajor.partial` on Hopper; rows of q, k and v start at multiples of 16 bytes."""
     B = plan.config.slc_block
     strides = [x.stride(dim) // 8 for x in (q, k, v) for dim in (0, 1)]
     _partial_sm90_kernel[(lists.items.shape[0],)](
-        q, k, v, lists.tokens, lists.items, plan.cu_q, plan.cu_k, partials, partial_lse, *strides, head0, scale,
+        q, k, v, lists.tokens, lists.items, plan.cu_q, plan.cu_k, partials, partial_lse, *strides, scale,
         G=q.shape[1] // k.shape[1], B=B, GROUPS=B // 64, num_warps=4, maxnreg=128,
     )  # fmt: skip
 

@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import backward_size, plain_gradient, selected_dkv
-from nsattn.kernels._lists import chunks
+from nsattn.kernels._gradient import backward_bytes, plain_gradient, selected_dkv
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
-    delta_bytes,
     dot,
     load_rows,
     lse_dtype,
@@ -128,9 +126,8 @@ def scratch_bytes(
     """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
     if not backward:
         return 0
-    size = backward_size(q, k, v, N, plan, plain_gradient(q, v, plan.config.slc_block), with_dq=False)
-    largest = max((size(c.rows, c.heads) for c in chunks(plan, k.shape[1], size, workspace)), default=0)
-    return largest + delta_bytes(q)
+    kernel = plain_gradient(q, v, plan.config.slc_block)
+    return backward_bytes(q, k, v, N, plan, kernel, workspace=workspace, with_dq=False)
 
 
 @triton.jit
