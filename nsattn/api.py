@@ -11,7 +11,8 @@ Common arguments:
         which only sizes scratch memory. Nothing here waits for the GPU, with or without it.
     cu_seqlens_k, max_seqlen_k: the same for keys, where they are not as many as the queries.
     plan: all of that in one object (`make_plan`), to build it once for many layers instead of in every call.
-    impl: `auto`, `reference`, `triton`, or for the selected branch `kvmajor`, `qmajor`. See `nsattn why`.
+    impl: `auto`, `reference`, `triton`, or for the selected branch `kvmajor_sm90`, `kvmajor`, `qmajor`. See
+        `nsattn why`.
     workspace: bytes of scratch memory that one operation may use.
 
 Common errors: TypeError and ValueError for arguments that do not fit, with what was got, what is needed and what to do;
@@ -297,8 +298,9 @@ def attend_selected(
         TypeError, ValueError, NotImplementedError: see the module's docstring.
 
     Numerics: float32 scores and accumulators; with `kvmajor` the N partial outputs of a row are rounded to the input
-        type before they are merged in float32. No atomics: gradients repeat bit for bit. Where not even one KV head
-        fits the workspace, dk and dv are added up in pieces of rows, and their last bits depend on the total length.
+        type before they are merged in float32. No float atomics: gradients repeat bit for bit. Where the partials of
+        one KV head do not fit the workspace, its dk and dv are added up in float32 over parts of its query heads, then
+        over pieces of rows, and their last bits depend on the total length. Scratch: `estimate_memory`.
 
     Source: arXiv 2502.11089 section 3.3.2; `kvmajor` follows arXiv 2508.18224, `qmajor` the order of the former.
     """

@@ -253,7 +253,7 @@ def test_estimate_memory_is_bounded_and_linear():
                 if impl == "kvmajor_sm90" and dispatch.capability("cuda", None) is None:
                     continue
                 size = nsattn.estimate_memory(T, 32, 8, 128, impl=impl, backward=backward, workspace=1 << 30)
-                sums = max(0, T * 256 * 4 - (1 << 29))  # float32 sums of dk, dv of one head beyond half of the workspace
+                sums = max(0, T * 256 * 4 - (1 << 29))  # of dk, dv of one head, beyond half of it
                 assert size <= (1 << 30) + (64 << 20) + backward * (T * 32 * 4 + sums), (T, backward, impl)
     assert nsattn.estimate_memory(65536, 32, 8, 128, impl="qmajor") == 0
     with pytest.raises(ValueError, match="grows with the square of the length"):
