@@ -103,23 +103,26 @@ def make_plan(
     max_k = max_q if same else _max_length(cu_k, rows_k, max_seqlen_k)
 
     n = cu_q.shape[0] - 1
-    len_k = cu_k[1:] - cu_k[:-1]
+    len_q, len_k = cu_q[1:] - cu_q[:-1], cu_k[1:] - cu_k[:-1]
     len_cmp = ((len_k - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
     len_blk = (len_k + config.slc_block - 1) // config.slc_block
-    cu_cmp, cu_blk = cumulative(len_cmp), cumulative(len_blk)
+    cu_cmp, cu_blk = cumulative(torch.stack([len_cmp, len_blk])).unbind()
     # Bounds from the totals: one sequence of everything has the most compressed rows; each sequence rounds its
     # last selection block up.
     total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
     total_blk = rows_k // config.slc_block + n
-    q_tiles = _tile_table(cu_q[1:] - cu_q[:-1], total)
+    lengths, totals = [len_q, len_cmp], [total, total_cmp]
+    if not same:
+        lengths, totals = [*lengths, len_k], [*totals, rows_k]
+    q_tiles, cmp_tiles, *k_tiles = _tile_tables(torch.stack(lengths), totals)
     return Plan(
         cu_q=cu_q,
         cu_k=cu_k,
         cu_cmp=cu_cmp,
         cu_blk=cu_blk,
         q_tiles=q_tiles,
-        k_tiles=q_tiles if same else _tile_table(len_k, rows_k),
-        cmp_tiles=_tile_table(len_cmp, total_cmp),
+        k_tiles=q_tiles if same else k_tiles[0],
+        cmp_tiles=cmp_tiles,
         total_q=total,
         total_k=rows_k,
         total_cmp=total_cmp,
@@ -164,15 +167,20 @@ def _max_length(cu: Tensor, total: int, max_seqlen: int | None) -> int:
 
 
 def cumulative(lengths: Tensor) -> Tensor:
-    """Running sum that starts at 0: where each of `lengths` rows begins, and the total."""
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+    """Running sums `[..., n + 1]` of lengths `[..., n]` that start at 0: where each begins, and the total."""
+    return torch.nn.functional.pad(lengths.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
-def _tile_table(lengths: Tensor, total: int) -> Tensor:
-    """(sequence, first row) of each tile; the number of entries is a bound, unused ones hold sequence -1."""
-    n = lengths.shape[0]
+def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> list[Tensor]:
+    """For each row of lengths `[rows, n]`: (sequence, first row) of each tile, int32 `[*, 2]`.
+
+    The number of entries is a bound that follows from the total; unused ones hold sequence -1.
+    """
+    n = lengths.shape[1]
+    sizes = [total // TILE + n for total in totals]
     cu = cumulative((lengths + TILE - 1) // TILE)
-    tile = torch.arange(total // TILE + n, device=lengths.device, dtype=torch.int32)
-    seq = torch.searchsorted(cu, tile, right=True) - 1
-    first = (tile - torch.cat([cu, cu.new_zeros(1)])[seq]) * TILE
-    return torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=1)
+    tile = torch.arange(max(sizes), device=lengths.device, dtype=torch.int32).repeat(len(sizes), 1)
+    seq = torch.searchsorted(cu, tile, right=True) - 1  # of all of cu: inductor cannot search a slice
+    first = (tile - cu.gather(1, seq)) * TILE
+    tables = torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)
+    return [table[:size] for table, size in zip(tables, sizes, strict=True)]
