@@ -213,10 +213,14 @@ def kernel_modules() -> list[Any]:
     return [import_module(f"nsattn.kernels.{m.name}") for m in pkgutil.iter_modules(nsattn.kernels.__path__)]
 
 
-def kernel_names() -> set[str]:
-    """Every jit function of the package that is a program of its own: no other jit function calls it."""
-    functions = {f.fn.__name__: f.src for module in kernel_modules() for f in vars(module).values()
-                 if isinstance(f, JITFunction)}
+def kernel_names(targets: set[str]) -> set[str]:
+    """Every jit function of the package that is a program of its own: no other jit function calls it.
+
+    Modules that end in the name of a target, as `_sm90`, are for that one alone.
+    """
+    others = tuple(f"_{name.replace('_', '')}" for name in TARGETS if name not in targets)
+    functions = {f.fn.__name__: f.src for module in kernel_modules() if not module.__name__.endswith(others)
+                 for f in vars(module).values() if isinstance(f, JITFunction)}
     programs = (name for name, source in functions.items() if "program_id" in source)
     return {name for name in programs if sum(f"{name}(" in source for source in functions.values()) == 1}
 
@@ -298,7 +302,7 @@ def main() -> None:
         launched = {r.kernel for results in report.values() for r in results}
         options.json.write_text(json.dumps({
             "results": {name: [asdict(r) for r in results] for name, results in report.items()},
-            "never_launched": sorted(kernel_names() - launched),
+            "never_launched": sorted(kernel_names(set(report)) - launched),
         }))
 
 
