@@ -460,6 +460,10 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
         max_blocks=plan.max_blk,
         slc_block=plan.config.slc_block,
         capability=dispatch.capability(q.device.type, q.device.index),
+        # Traced code serves many lengths: it gets the choice for long ones.
+        rows=None if torch.compiler.is_compiling() else plan.total_q * k.shape[-2],
+        num_selected=plan.config.num_selected,
+        backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),
     )
 
 

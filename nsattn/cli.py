@@ -55,6 +55,8 @@ def why(
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
     length: Annotated[int, typer.Option(help="longest sequence")] = 65536,
     slc_block: Annotated[int, typer.Option(help="selection block B")] = 64,
+    num_selected: Annotated[int, typer.Option(help="selected blocks per token N")] = 16,
+    training: Annotated[bool, typer.Option(help="forward and backward, or forward alone")] = True,
     impl: Annotated[str, typer.Option(help="what you would pass as impl=")] = "auto",
     capability: Annotated[str, typer.Option(help="compute capability, as 9.0; default: of this machine's GPU")] = "",
 ) -> None:
@@ -71,6 +73,9 @@ def why(
         group=num_heads // num_kv_heads,
         max_blocks=-(-length // slc_block),
         slc_block=slc_block,
+        rows=length * num_kv_heads,
+        num_selected=num_selected,
+        backward=training,
         capability=_capability(capability) if capability else dispatch.capability("cuda", None),
     )
     for operation in dispatch.TABLE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -34,6 +34,35 @@ class Shape:
     max_blocks: int | None = None
     slc_block: int | None = None
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU, see `capability`
+    rows: int | None = None  # query tokens x KV heads
+    num_selected: int | None = None
+    backward: bool = True  # a backward follows
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted time of one direction of attend_selected, from constants that were measured on an H200.
+
+        ms = fixed + tokens * Hkv * N * (D + Dv) / 256 * 1e-6 * (pair + G row + B / 64 (block + G block_row))
+
+    fixed: host and launches, in ms. The others are nanoseconds at D = Dv = 128: for each (token, slot) pair, for each
+    of its G rows (a partial result written and read), for each 64 keys of a pair (K and V read) and of a row
+    (arithmetic). docs/log.md, 2026-11-23, and benchmarks/results/h200 hold the times they were fitted to.
+    """
+
+    fixed: float
+    pair: float
+    row: float
+    block: float
+    block_row: float
+
+    def milliseconds(self, shape: Shape) -> float:
+        """For sizes that are not known: 65536 tokens, 4 KV heads, N=16, B=64, D=128, a group of 1."""
+        G, B, N = shape.group or 1, shape.slc_block or 64, shape.num_selected or 16
+        D = shape.head_dim or 128
+        pairs = (4 * 65536 if shape.rows is None else shape.rows) * N
+        each = self.pair + G * self.row + B / 64 * (self.block + G * self.block_row)
+        return self.fixed + pairs * (D + (shape.v_head_dim or D)) / 256 * 1e-6 * each
 
 
 @dataclass(frozen=True)
@@ -49,7 +78,7 @@ class Cell:
     max_blocks: int | None = None
     slc_blocks: tuple[int, ...] = SLC_BLOCKS
     generation: int | None = None  # major compute capability of the only GPUs it runs on; None: any GPU
-    auto_groups: tuple[int, int] = field(default=(1, MAX_GROUP))  # groups for which `auto` takes it, inclusive
+    costs: tuple[Cost, Cost] | None = None  # forward, backward; where an operation has several kernels
 
 
 _REFERENCE = Cell("reference", "plain torch, the definition; memory quadratic in the length", is_kernel=False)
@@ -74,17 +103,17 @@ TABLE: dict[str, dict[str, Cell]] = {
             head_dims=(128,),
             slc_blocks=(64, 128),
             generation=9,
-            auto_groups=(1, 16),
+            costs=(Cost(0.1, 0.06, 0.129, 0, 0.05), Cost(0.15, 0.1, 0.05, 0, 0.2125)),
         ),
         "kvmajor": Cell(
             "attend_selected_kvmajor",
             "outer loop over KV blocks, inner loop over the tokens that chose them (Flash Sparse Attention)",
-            auto_groups=(1, 16),
+            costs=(Cost(0.1, 0.06, 0.119, 0, 0.098), Cost(0.15, 0.14, 0.07, 0, 0.31)),
         ),
         "qmajor": Cell(
             "attend_selected_qmajor",
             "one program per token and KV head (the order of the NSA paper)",
-            auto_groups=(17, MAX_GROUP),
+            costs=(Cost(0.03, 0, 0, 3.99, 0.011), Cost(0.1, 0, 0, 4.05, 0.246)),
         ),
         "reference": _REFERENCE,
     },
@@ -148,8 +177,8 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
 def resolve(operation: str, impl: str, shape: Shape) -> str:
     """Name of the implementation that serves `operation` for `shape`.
 
-    `auto` takes the first cell in table order whose needs hold and whose `auto_groups` contain the group. Tensors on a
-    CPU get the reference; so do float32 and float64 on a GPU, with a warning. `triton` means any kernel of the
+    `auto` takes the kernel whose needs hold and whose predicted time is least, see `Cost`. Tensors on a CPU get the
+    reference; so do float32 and float64 on a GPU, with a warning. `triton` means any kernel of the
     operation.
 
     Raises:
@@ -165,10 +194,10 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
         _refuse(operation, impl, *unmet(cells[impl], shape))
         return impl
     kernels = [name for name, cell in cells.items() if cell.is_kernel]
-    preferred = [n for n in kernels if _prefers(cells[n], shape)] or kernels
+    able = [n for n in kernels if not any(unmet(cells[n], shape))]
     # Where nothing fits, the error names the needs of a kernel for any GPU.
-    anywhere = [n for n in preferred if cells[n].generation is None]
-    name = next((n for n in preferred if not any(unmet(cells[n], shape))), anywhere[0])
+    able = able or [n for n in kernels if cells[n].generation is None][:1]
+    name = min(able, key=lambda n: sum(predict(cells[n], shape)))
     machine, limits = unmet(cells[name], shape)
     if impl == "auto" and (machine or shape.device == "cpu"):
         if shape.device == "cuda" and not torch.compiler.is_compiling():
@@ -191,12 +220,12 @@ def why(operation: str, impl: str, shape: Shape) -> list[tuple[str, str]]:
     rows = []
     for name, cell in TABLE[operation].items():
         machine, limits = unmet(cell, shape)
-        verdict = "; ".join(machine + limits) or (
-            "would work"
-            if _prefers(cell, shape) or not cell.is_kernel
-            else f"would work, chosen automatically for groups {cell.auto_groups[0]} to {cell.auto_groups[1]}"
-        )
-        rows.append((name, "chosen" if name == chosen else verdict))
+        verdict = "chosen" if name == chosen else "; ".join(machine + limits) or "would work"
+        if cell.costs and not machine + limits:
+            forward, *backward = predict(cell, shape)
+            verdict += f"; predicted {forward:.2f} ms forward" + "".join(f", {ms:.2f} backward" for ms in backward)
+            verdict += ", on an H200"
+        rows.append((name, verdict))
     return rows
 
 
@@ -222,8 +251,9 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-def _prefers(cell: Cell, shape: Shape) -> bool:
-    return shape.group is None or cell.auto_groups[0] <= shape.group <= cell.auto_groups[1]
+def predict(cell: Cell, shape: Shape) -> list[float]:
+    """Predicted milliseconds of the forward and, if one follows, of the backward; nothing for a cell without costs."""
+    return [cost.milliseconds(shape) for cost in (cell.costs or ())[: 1 + shape.backward]]
 
 
 def _refuse(operation: str, impl: str, machine: list[str], limits: list[str]) -> None:

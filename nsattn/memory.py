@@ -54,7 +54,7 @@ def estimate_memory(
     plan = make_plan(cu, total, config=config, max_seqlen=max_seqlen)
     shape = dispatch.Shape(
         "cuda", dtype, head_dim, v_head_dim, num_heads // num_kv_heads, plan.max_blk, config.slc_block,
-        dispatch.capability("cuda", None),
+        dispatch.capability("cuda", None), total * num_kv_heads, config.num_selected,
     )  # fmt: skip
     name = dispatch.resolve("attend_selected", impl, shape)
     if not dispatch.TABLE["attend_selected"][name].is_kernel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +224,7 @@ def test_dispatch_refuses_with_the_reason(impl, changes, kind, text):
 def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "auto", shape()) == "kvmajor"
     assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
+    assert dispatch.resolve("attend_selected", "auto", shape(rows=8)) == "qmajor"  # a decoding step
     assert dispatch.resolve("attend_selected", "qmajor", shape()) == "qmajor"
     hopper = {"capability": (9, 0), "slc_block": 64}
     assert dispatch.resolve("attend_selected", "auto", shape(**hopper)) == "kvmajor_sm90"
@@ -238,7 +241,42 @@ def test_dispatch_choices():
     with pytest.raises(ValueError, match="at most 16384, got 20000"):
         dispatch.resolve("select_blocks", "auto", shape(max_blocks=20000))
     chosen = {name: text for name, text in dispatch.why("attend_selected", "auto", shape())}
-    assert chosen["kvmajor"] == "chosen" and "groups 17 to 64" in chosen["qmajor"]
+    assert chosen["kvmajor"].startswith("chosen; predicted 4") and "would work; predicted 16.9" in chosen["qmajor"]
+    forward = dict(dispatch.why("attend_selected", "auto", shape(backward=False)))
+    assert "backward" not in forward["kvmajor"] and "backward" in chosen["kvmajor"]
+
+
+def test_auto_takes_the_faster_kernel_of_the_committed_times():
+    """Of `kvmajor` and `qmajor` on an H200, `auto` never takes one that is more than 10 % slower than the other."""
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "attention.json"
+    times = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["op"] == "attend_selected":
+            key = row["T"], row["Hq"], row["Hkv"]
+            times.setdefault(key, {}).setdefault(row["impl"], {})[row["direction"]] = row["ms"]
+    assert len(times) >= 15
+    for (T, Hq, Hkv), by_impl in times.items():
+        for backward in (False, True):
+            total = {impl: ms["forward"] + backward * ms["backward"] for impl, ms in by_impl.items()}
+            sizes = shape(group=Hq // Hkv, rows=T * Hkv, slc_block=64, num_selected=16, backward=backward)
+            chosen = dispatch.resolve("attend_selected", "auto", sizes)
+            assert total[chosen] <= 1.1 * min(total.values()), (T, Hq, Hkv, backward, chosen, total)
+
+
+# Milliseconds of `kvmajor_sm90` on an H200, T=65536, 4 KV heads: (B, N, G, forward, backward); docs/log.md, 2026-11-23.
+HOPPER_TIMES = [
+    (64, 16, 1, 1.00, 1.55), (64, 16, 2, 1.66, 2.74), (64, 16, 3, 2.54, 3.89), (64, 16, 4, 3.17, 4.82),
+    (64, 16, 8, 6.20, None), (64, 16, 16, 12.3, None), (128, 8, 1, 0.62, 1.21), (128, 8, 4, 1.99, 4.19),
+    (128, 8, 16, 7.86, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "selected", "group", "forward", "backward"), HOPPER_TIMES)
+def test_predicted_times_of_the_hopper_kernels(block, selected, group, forward, backward):
+    sizes = shape(group=group, slc_block=block, num_selected=selected, rows=4 * 65536, capability=(9, 0))
+    predicted = dispatch.predict(dispatch.TABLE["attend_selected"]["kvmajor_sm90"], sizes)
+    assert predicted[0] == pytest.approx(forward, rel=0.25)
+    assert backward is None or predicted[1] == pytest.approx(backward, rel=0.25)
 
 
 def test_estimate_memory_is_bounded_and_linear():

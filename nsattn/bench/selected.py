@@ -165,7 +165,7 @@ def _contenders(problem: Problem, loaded: Loaded) -> tuple[list[Contender], list
     device = problem.q.device.type
     shape = dispatch.Shape(
         device, problem.q.dtype, case.head_dim, case.v_head_dim, case.group, plan.max_blk, case.block,
-        dispatch.capability(device, None),
+        dispatch.capability(device, None), case.tokens * case.num_kv_heads, case.num_selected,
     )  # fmt: skip
     for impl, cell in (*dispatch.TABLE["attend_selected"].items(), ("auto", None)):
         if cell is not None and cell.is_kernel != (device == "cuda"):
