@@ -197,7 +197,8 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
     able = [n for n in kernels if not any(unmet(cells[n], shape))]
     # Where nothing fits, the error names the needs of a kernel for any GPU.
     able = able or [n for n in kernels if cells[n].generation is None][:1]
-    name = min(able, key=lambda n: sum(predict(cells[n], shape)))
+    times = [sum(predict(cells[n], shape)) for n in able]
+    name = able[times.index(min(times))]  # torch.compile traces this, and knows no min with a key
     machine, limits = unmet(cells[name], shape)
     if impl == "auto" and (machine or shape.device == "cpu"):
         if shape.device == "cuda" and not torch.compiler.is_compiling():

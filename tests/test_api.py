@@ -241,7 +241,7 @@ def test_dispatch_choices():
     with pytest.raises(ValueError, match="at most 16384, got 20000"):
         dispatch.resolve("select_blocks", "auto", shape(max_blocks=20000))
     chosen = {name: text for name, text in dispatch.why("attend_selected", "auto", shape())}
-    assert chosen["kvmajor"].startswith("chosen; predicted 4") and "would work; predicted 16.9" in chosen["qmajor"]
+    assert chosen["kvmajor"].startswith("chosen; predicted 3.99") and "would work; predicted 16.9" in chosen["qmajor"]
     forward = dict(dispatch.why("attend_selected", "auto", shape(backward=False)))
     assert "backward" not in forward["kvmajor"] and "backward" in chosen["kvmajor"]
 
