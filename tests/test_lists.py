@@ -9,6 +9,7 @@ import torch
 
 from nsattn import NSAConfig
 from nsattn.kernels._lists import SLACK, Chunk, chunks, invert, lists_bytes
+from nsattn.plan import make_plan
 from nsattn.testing import hostile_selection, make_inputs, random_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +79,16 @@ def check(plan, select):
             assert int((got.inverse >= 0).sum()) == len(slots)
             for (row, head, _), n in slots.items():
                 assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row
+
+
+def test_a_wrong_bound_on_the_lengths_writes_nothing_outside():
+    """`max_seqlen` 64 for a sequence of 300: the tokens beyond the table are dropped, not written behind it."""
+    cu = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
+    plan = make_plan(cu, 300, config=CONFIG, max_seqlen=64)
+    block_idx = random_selection(make_plan(cu, 300, config=CONFIG, max_seqlen=300), 1)
+    lists = invert(block_idx, plan, Chunk(0, 300, 0, 1, 0, 1), pairs_per_item=7)
+    assert (lists.inverse[64:] == -1).all()
+    assert torch.equal(lists.inverse[:64] >= 0, block_idx[:64] >= 0)
 
 
 @pytest.mark.parametrize("group", [1, 4, 5])

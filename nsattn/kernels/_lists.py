@@ -162,7 +162,8 @@ def _mask_kernel(
     SUBS: tl.constexpr = TILE_ROWS // BT
     i_tile, i_sub, i_h = tile0 + tl.program_id(0) // SUBS, tl.program_id(0) % SUBS, tl.program_id(1)
     i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, i_tile, row0)
-    if (i_s < 0) | (row >= row1) | (row + TILE_ROWS <= row0):
+    # A sequence longer than the plan's bound has more columns than the table: what lies beyond is dropped.
+    if (i_s < 0) | (row >= row1) | (row + TILE_ROWS <= row0) | (column >= columns):
         return
     o_t = i_sub * BT + tl.arange(0, BT)
     o_n = tl.arange(0, BN)
@@ -216,7 +217,8 @@ def _place_kernel(
     SUBS: tl.constexpr = TILE_ROWS // BT
     i_tile, i_sub, i_h = tile0 + tl.program_id(0) // SUBS, tl.program_id(0) % SUBS, tl.program_id(1)
     i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, i_tile, row0)
-    if (i_s < 0) | (row >= row1) | (row + TILE_ROWS <= row0):
+    # A sequence longer than the plan's bound has more columns than the table: what lies beyond is dropped.
+    if (i_s < 0) | (row >= row1) | (row + TILE_ROWS <= row0) | (column >= columns):
         return
     o_t = i_sub * BT + tl.arange(0, BT)
     o_n = tl.arange(0, BN)
