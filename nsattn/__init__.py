@@ -12,6 +12,7 @@ from nsattn.api import (
 )
 from nsattn.checks import check_selection
 from nsattn.config import NSAConfig
+from nsattn.decode import nsa_decode
 from nsattn.memory import estimate_memory
 from nsattn.nn import NSAttention
 from nsattn.plan import Plan, make_plan
@@ -32,5 +33,6 @@ __all__ = [
     "estimate_memory",
     "make_plan",
     "nsa_attention",
+    "nsa_decode",
     "select_blocks",
 ]

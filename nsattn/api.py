@@ -103,7 +103,7 @@ def nsa_attention(
         raise ValueError("k_cmp and v_cmp must be given together, got one of them. Pass both or neither.")
     if (k_win is None) != (v_win is None):
         raise ValueError("k_win and v_win must be given together, got one of them. Pass both or neither.")
-    q, k, v, gates, k_cmp, v_cmp, k_win, v_win = _autocast(q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
+    q, k, v, gates, k_cmp, v_cmp, k_win, v_win = autocast(q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
     checks.check_queries(q)
     checks.check_pair(q, k, v, ("k", "v"))
     checks.check_tensor("gates", gates, (q.dim(),), "[..., Hq, 3] with the leading sizes of q")
@@ -157,7 +157,7 @@ def compress(
 
     Source: arXiv 2502.11089 section 3.3.1.
     """
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     checks.check_tensor("x", x, (3, 4), "[T, Hkv, D] (packed) or [Bsz, S, Hkv, D]")
     checks.check_float("x", x)
     plan = _plan(x, x, config, cu_seqlens, max_seqlen, None, None, plan, keys_only=True)
@@ -201,14 +201,14 @@ def attend_compressed(
 
     Source: arXiv 2502.11089 section 3.3.1; online softmax as in FlashAttention-2.
     """
-    q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
+    q, k_cmp, v_cmp = autocast(q, k_cmp, v_cmp)
     checks.check_queries(q)
     checks.check_pair(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
     plan = _plan(q, None, config, cu_seqlens, max_seqlen, None, None, plan)
     checks.check_rows("k_cmp", _packed(k_cmp), plan.total_cmp, "compressed rows")
     impl = dispatch.resolve("attend_compressed", impl, _shape(q, k_cmp, v_cmp, plan))
     o, lse = branches.attend_compressed(
-        _packed(q), _packed(k_cmp), _packed(v_cmp), plan, scale=_scale(q, softmax_scale), impl=impl
+        _packed(q), _packed(k_cmp), _packed(v_cmp), plan, scale=scale_of(q, softmax_scale), impl=impl
     )
     return _result(q, o, lse, return_lse)
 
@@ -247,7 +247,7 @@ def select_blocks(
 
     Source: arXiv 2502.11089 section 3.3.2 (the sign of m in its Eq 9 is a slip: it would leave block j).
     """
-    q, k_cmp = _autocast(q, k_cmp)
+    q, k_cmp = autocast(q, k_cmp)
     checks.check_queries(q)
     checks.check_same(q=q, k_cmp=k_cmp)
     checks.check_keys(q, k_cmp, "k_cmp")
@@ -257,7 +257,7 @@ def select_blocks(
     checks.check_rows("k_cmp", _packed(k_cmp), plan.total_cmp, "compressed rows")
     impl = dispatch.resolve("select_blocks", impl, _shape(q, k_cmp, None, plan))
     block_idx = branches.select_blocks(
-        _packed(q), _packed(k_cmp), _packed(lse_cmp, 2), plan, scale=_scale(q, softmax_scale), workspace=workspace,
+        _packed(q), _packed(k_cmp), _packed(lse_cmp, 2), plan, scale=scale_of(q, softmax_scale), workspace=workspace,
         impl=impl,
     )
     return block_idx if q.dim() == 3 else block_idx.unflatten(0, tuple(q.shape[:2]))
@@ -304,7 +304,7 @@ def attend_selected(
 
     Source: arXiv 2502.11089 section 3.3.2; `kvmajor` follows arXiv 2508.18224, `qmajor` the order of the former.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_queries(q)
     checks.check_pair(q, k, v, ("k", "v"))
     checks.check_block_idx(block_idx, q, k.shape[-2])
@@ -312,7 +312,7 @@ def attend_selected(
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
     impl = dispatch.resolve("attend_selected", impl, _shape(q, k, v, plan))
     o, lse = branches.attend_selected(
-        _packed(q), _packed(k), _packed(v), _packed(block_idx), plan, scale=_scale(q, softmax_scale),
+        _packed(q), _packed(k), _packed(v), _packed(block_idx), plan, scale=scale_of(q, softmax_scale),
         workspace=workspace, impl=impl,
     )
     return _result(q, o, lse, return_lse)
@@ -354,13 +354,13 @@ def attend_window(
 
     Source: arXiv 2502.11089 section 3.3.3; online softmax as in FlashAttention-2.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_queries(q)
     checks.check_pair(q, k, v, ("k", "v"))
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
     impl = dispatch.resolve("attend_window", impl, _shape(q, k, v, plan))
     o, lse = branches.attend_window(
-        _packed(q), _packed(k), _packed(v), plan, scale=_scale(q, softmax_scale), impl=impl
+        _packed(q), _packed(k), _packed(v), plan, scale=scale_of(q, softmax_scale), impl=impl
     )
     return _result(q, o, lse, return_lse)
 
@@ -393,7 +393,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl:
     return o.view(o_cmp.shape)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple:
+def autocast(*tensors: Tensor | None) -> tuple:
     """Under autocast, float tensors in its dtype, as torch's own attention does."""
     device = next(x for x in tensors if isinstance(x, Tensor)).device.type if any(
         isinstance(x, Tensor) for x in tensors
@@ -467,7 +467,7 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
     )
 
 
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         return q.shape[-1] ** -0.5
     checks.check_scale(softmax_scale)

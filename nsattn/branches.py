@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsattn import dispatch
+from nsattn.config import NSAConfig
 from nsattn.kernels import reference
 from nsattn.plan import Plan
 
@@ -67,6 +69,22 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl:
     if impl == "reference":
         return reference.combine(o_cmp, o_slc, o_win, gates)
     return _combine(o_cmp.contiguous(), o_slc.contiguous(), o_win.contiguous(), gates.contiguous(), impl)
+
+
+def nsa_decode(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor, v_win: Tensor,
+    cache_seqlens: Tensor, block_table: Tensor | None, config: NSAConfig, *, scale: float, workspace: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eq 5 and 8 to 12 over a cache, without gradient. See `nsattn.nsa_decode`."""
+    if impl == "reference":
+        return reference.nsa_decode(
+            q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, config, scale=scale
+        )
+    q, k, v, k_cmp, v_cmp, gates, k_win, v_win = map(_rows, (q, k, v, k_cmp, v_cmp, gates, k_win, v_win))
+    return _nsa_decode(
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, list(astuple(config)), scale,
+        workspace, impl,
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -218,6 +236,29 @@ def _select_blocks(
 def _(q, k_cmp, lse_cmp, tensors, sizes, scale, workspace, impl):
     config = Plan.unpack(tensors, sizes).config
     return _new(q, q.shape[0], k_cmp.shape[1], config.num_selected, dtype=torch.int32)
+
+
+# nsa_decode
+
+
+@torch.library.custom_op("nsattn::nsa_decode", mutates_args=())
+def _nsa_decode(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor, v_win: Tensor,
+    cache_seqlens: Tensor, block_table: Tensor | None, config: Sequence[int], scale: float, workspace: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _on(q):
+        return dispatch.load("nsa_decode", impl).nsa_decode(
+            q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, NSAConfig(*config), scale=scale,
+            workspace=workspace,
+        )
+
+
+@_nsa_decode.register_fake
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, config, scale, workspace, impl):
+    rows = q.shape[:3]
+    lse = [_new(q, *rows, dtype=_statistics_dtype(q)) for _ in range(3)]
+    num_selected = NSAConfig(*config).num_selected
+    return _new(q, *rows, v.shape[-1]), *lse, _new(q, *q.shape[:2], k.shape[2], num_selected, dtype=torch.int32)
 
 
 # combine

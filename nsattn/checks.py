@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsattn.config import NSAConfig
-from nsattn.plan import Plan
+from nsattn.plan import Plan, num_compressed
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 METHODS = {"mean": 0, "linear": 2, "mlp": 5, "gated": 2}  # number of parameter tensors
@@ -67,10 +67,15 @@ def check_pair(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
 
 
 def check_keys(q: Tensor, k: Tensor, name: str) -> None:
-    """Keys fit the queries: same batch and head dim, and the number of query heads is a multiple of the KV heads."""
+    """Keys fit the queries: same batch, and see `check_heads`."""
     check_tensor(name, k, (q.dim(),), "[T, Hkv, D] like q" if q.dim() == 3 else "[Bsz, S, Hkv, D] like q")
     if q.dim() == 4 and k.shape[0] != q.shape[0]:
         raise ValueError(f"{name} must have the batch size of q, got {k.shape[0]} and {q.shape[0]}. Match them.")
+    check_heads(q, k, name)
+
+
+def check_heads(q: Tensor, k: Tensor, name: str) -> None:
+    """Keys have the head dim of the queries, and the query heads are a multiple of the KV heads."""
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{name} must have the head dim of q, got {k.shape[-1]} and {q.shape[-1]}. Match them.")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
@@ -139,6 +144,57 @@ def check_block_idx(block_idx: Tensor, q: Tensor, num_kv_heads: int) -> None:
         )
     if block_idx.device != q.device:
         raise ValueError(f"block_idx must be on the device of q, got {block_idx.device} and {q.device}. Move it.")
+
+
+def check_cache(
+    q: Tensor, caches: dict[str, Tensor], cache_seqlens: Tensor, block_table: Tensor | None, config: NSAConfig
+) -> None:
+    """Cached keys and values fit the queries, each other and the block table.
+
+    `caches`: k, v, k_cmp, v_cmp and, where they exist, k_win, v_win by name.
+    """
+    for name, x in caches.items():
+        check_tensor(name, x, (4,), "[Bsz, rows, Hkv, D], or [pages, rows of a page, Hkv, D] with a block_table")
+    _check_index("cache_seqlens", cache_seqlens, 1, "int32 [Bsz]", q)
+    if block_table is not None:
+        _check_index("block_table", block_table, 2, "int32 [Bsz, pages of a sequence]", q)
+    k, k_cmp, Dv = caches["k"], caches["k_cmp"], caches["v"].shape[3]
+    check_heads(q, k, "k")
+    for name, x in caches.items():
+        compressed = name.endswith("_cmp")
+        if block_table is None:
+            first, rows, what = q.shape[0], (k_cmp if compressed else k).shape[1], "[Bsz, rows, Hkv, D or Dv]"
+        else:
+            first, rows = k.shape[0], config.slc_block // (config.cmp_stride if compressed else 1)
+            what = f"[pages, {'slc_block / cmp_stride' if compressed else 'slc_block'}, Hkv, D or Dv]"
+        check_shape(name, x, (first, rows, k.shape[2], Dv if name.startswith("v") else q.shape[3]), what)
+    need = num_compressed(k.shape[1], config)
+    if block_table is None and k_cmp.shape[1] < need:
+        raise ValueError(
+            f"k_cmp must have room for the {need} compressed rows of {k.shape[1]} cached tokens, got "
+            f"{k_cmp.shape[1]}. Make it longer."
+        )
+
+
+def _check_index(name: str, x: Tensor, dims: int, what: str, q: Tensor) -> None:
+    check_tensor(name, x, (dims,), what)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {x.dtype}. Use .to(torch.int32).")
+    if x.shape[0] != q.shape[0]:
+        raise ValueError(f"{name} must have the {q.shape[0]} rows of the batch, got {x.shape[0]}. Match them.")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, got {x.device} and {q.device}. Move it.")
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got stride {x.stride()}. Copy it.")
+
+
+def check_no_grad(name: str, *tensors: Tensor | None) -> None:
+    """Nothing here would need a gradient that the operation does not have."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{name} has no gradient, got tensors that require one. Wrap the call in torch.no_grad(), or train with "
+            "nsa_attention."
+        )
 
 
 def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config: NSAConfig) -> None:

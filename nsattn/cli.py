@@ -31,6 +31,7 @@ EQUATIONS = (  # tag in the paper, what it computes, public function
     ("Eq 11, 12", "attend to the selected blocks", "attend_selected"),
     ("Section 3.3.3", "sliding window", "attend_window"),
     ("Eq 5", "gate and sum the branches", "combine"),
+    ("Eq 5, 8 to 12", "the same for new tokens over a cache", "nsa_decode"),
 )
 
 

@@ -125,6 +125,10 @@ TABLE: dict[str, dict[str, Cell]] = {
         "triton": Cell("combine_triton", "one elementwise pass"),
         "reference": _REFERENCE,
     },
+    "nsa_decode": {
+        "triton": Cell("nsa_decode_triton", "four launches over a cache, plain or paged", max_blocks=MAX_BLOCKS),
+        "reference": _REFERENCE,
+    },
 }
 
 

@@ -133,6 +133,44 @@ def make_plan(
     )
 
 
+def make_cached_plan(
+    new: Tensor, lengths: Tensor, *, total: int, max_new: int, size: int, cmp_size: int, config: NSAConfig
+) -> Plan:
+    """Build the `Plan` of new queries over a cache: sequence b keeps its keys at the start of rows `b * size` to
+    `(b + 1) * size`, and its compressed ones at the start of `b * cmp_size` to `(b + 1) * cmp_size`.
+
+    Each sequence is followed by one of the rows of the cache that it does not use, which has no queries: the plan holds
+    twice as many sequences as the batch.
+
+    Args:
+        new: int32 `[Bsz]`, new queries of each sequence, packed.
+        lengths: int32 `[Bsz]`, its keys, those of the new queries counted. At most `size`.
+        total: rows of the packed query tensor.
+        max_new: an upper bound on `new`.
+        size, cmp_size: rows of the cache for one sequence, of keys and of compressed keys.
+        config: block sizes.
+    """
+    batch, none = new.shape[0], torch.zeros_like(new)
+    row = torch.arange(batch, device=new.device, dtype=torch.int32)
+    plan = make_plan(
+        cumulative(in_turns(new, none)), total, config=config, max_seqlen=max_new,
+        cu_seqlens_k=_starts(row * size, lengths, batch * size), total_k=batch * size, max_seqlen_k=size,
+    )  # fmt: skip
+    len_cmp = ((lengths - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
+    cu_cmp = _starts(row * cmp_size, len_cmp, batch * cmp_size)
+    return plan._replace(cu_cmp=cu_cmp, total_cmp=batch * cmp_size)
+
+
+def in_turns(a: Tensor, b: Tensor) -> Tensor:
+    """`[n]` and `[n]` -> `[2n]`: a[0], b[0], a[1], b[1], ..."""
+    return torch.stack([a, b], dim=1).flatten()
+
+
+def _starts(first: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """`cu_seqlens` of sequences that start at `first`, each followed by one of the rows up to the next."""
+    return torch.nn.functional.pad(in_turns(first, first + lengths), (0, 1), value=total)
+
+
 def uniform_cu_seqlens(num_seqs: int, length: int, device: torch.device) -> Tensor:
     """`cu_seqlens` of a batch `[num_seqs, length, ...]` seen as packed rows."""
     return torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * length

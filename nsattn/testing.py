@@ -97,6 +97,79 @@ def make_inputs(
     return Inputs(q, k, v, k_cmp, v_cmp, k_win, v_win, gates, plan, head_dim**-0.5)
 
 
+class CacheInputs(NamedTuple):
+    """Arguments of `nsa_decode`: S new tokens of each sequence over a cache, plain or in pages."""
+
+    q: Tensor  # [Bsz, S, Hq, D]
+    k: Tensor  # [Bsz, C, Hkv, D] or [pages, B, Hkv, D]
+    v: Tensor
+    k_cmp: Tensor  # [Bsz, C / d, Hkv, D] or [pages, B / d, Hkv, D]
+    v_cmp: Tensor
+    gates: Tensor  # [Bsz, S, Hq, 3]
+    k_win: Tensor
+    v_win: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    config: NSAConfig
+
+    def to(self, dtype: torch.dtype) -> CacheInputs:
+        """The same values in another dtype."""
+        return CacheInputs._make([*(x.to(dtype) for x in self[:8]), *self[8:]])
+
+
+def make_cache(
+    lengths: Sequence[int],
+    num_new: int,
+    *,
+    room: int,
+    paged: bool,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 32,
+    v_head_dim: int | None = None,
+    config: NSAConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> CacheInputs:
+    """Seeded normal inputs of `nsa_decode`; rows past a sequence's end are NaN, for nothing may read them.
+
+    Args:
+        lengths: tokens of each sequence, the new ones counted.
+        num_new: S, new tokens of each sequence.
+        room: C, tokens that the cache can hold of each sequence; rounded up to whole selection blocks.
+        paged: pages of B tokens, in random order in a pool that is larger than needed.
+        num_kv_heads, group, head_dim, v_head_dim: Hkv, G, D, Dv (default D).
+    """
+    config = config or NSAConfig()
+    generator = torch.Generator(device).manual_seed(seed)
+    B, d, batch = config.slc_block, config.cmp_stride, len(lengths)
+    blocks, v_head_dim = -(-room // B), v_head_dim or head_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    table, pool = None, batch * blocks + 3
+    if paged:
+        table = torch.randperm(pool, generator=generator, device=device)[: batch * blocks].view(batch, blocks).int()
+
+    def cache(rows: int, dim: int, filled: Tensor) -> Tensor:
+        x = normal(batch, blocks * rows, num_kv_heads, dim)
+        x[torch.arange(blocks * rows, device=device) >= filled[:, None]] = float("nan")
+        if table is None:
+            return x
+        pages = x.new_full((pool, rows, num_kv_heads, dim), float("nan"))
+        pages[table.flatten().long()] = x.view(-1, rows, num_kv_heads, dim)
+        return pages
+
+    heads, filled_cmp = num_kv_heads * group, ((cache_seqlens - config.cmp_block) // d + 1).clamp_min(0)
+    k, v, k_win, v_win = (cache(B, dim, cache_seqlens) for dim in (head_dim, v_head_dim) * 2)
+    k_cmp, v_cmp = (cache(B // d, dim, filled_cmp) for dim in (head_dim, v_head_dim))
+    q, gates = normal(batch, num_new, heads, head_dim), normal(batch, num_new, heads, 3).sigmoid()
+    return CacheInputs(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, table, config)
+
+
 def make_compression(
     method: str,
     num_kv_heads: int,

@@ -20,12 +20,14 @@ from nsattn import branches, dispatch
 from nsattn.config import NSAConfig
 from nsattn.kernels import reference
 from nsattn.testing import (
+    CacheInputs,
     Comparison,
     Inputs,
     SelectionComparison,
     compare,
     compare_selections,
     hostile_selection,
+    make_cache,
     make_compression,
     make_inputs,
     random_selection,
@@ -59,6 +61,7 @@ AXES = {  # lengths: packing and skew; G, D: heads; B: selection blocks; cmp: co
     "attend_selected": {"lengths", "G", "D", "B", "hostile", "workspace"},
     "attend_window": {"lengths", "G", "D", "w"},
     "combine": {"G", "D"},
+    "nsa_decode": {"lengths", "G", "D", "B", "cmp", "w", "workspace"},
 }
 
 
@@ -122,6 +125,8 @@ Result = tuple[str, Comparison | SelectionComparison]
 
 def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str) -> list[Result]:
     """Forward and gradients of one operation on one case: (output name, verdict) of each."""
+    if operation == "nsa_decode":
+        return _check_decode(impl, case, dtype, device)
     x = make_inputs(
         case.lengths, lengths_k=case.lengths_k, num_kv_heads=case.num_kv_heads, group=case.group,
         head_dim=case.head_dim, v_head_dim=case.v_head_dim, config=case.config, dtype=dtype, device=device,
@@ -185,6 +190,39 @@ def _check_selection(x: Inputs, impl: str, case: Case) -> list[Result]:
         x.q, x.k_cmp, lse, x.plan, scale=x.scale, workspace=case.workspace, impl=impl
     )
     return [("block_idx", compare_selections(got, want, score))]
+
+
+def _check_decode(impl: str, case: Case, dtype: torch.dtype, device: str) -> list[Result]:
+    """One new token over a plain cache, and three over pages. Outputs are judged for the blocks that were chosen."""
+    results = []
+    for num_new, paged in ((1, False), (3, True)):
+        lengths = case.lengths_k or case.lengths
+        x = make_cache(
+            lengths, num_new, room=max(lengths) + 70, paged=paged, num_kv_heads=case.num_kv_heads, group=case.group,
+            head_dim=case.head_dim, v_head_dim=case.v_head_dim, config=case.config, dtype=dtype, device=device,
+        )
+        scale = case.head_dim**-0.5
+        *got, block_idx = branches.nsa_decode(*x, scale=scale, workspace=case.workspace, impl=impl)
+        got, block_idx = [y.flatten(0, 1) for y in got], block_idx.flatten(0, 1)
+        golden, want, score = _decode_branches(x.to(torch.float64), block_idx, scale)
+        low, _, _ = _decode_branches(x, block_idx, scale)
+        kind = "paged " if paged else ""
+        results.append((f"{kind}block_idx", compare_selections(block_idx, want, score)))
+        for name, *tensors in zip(("o", "lse_cmp", "lse_slc", "lse_win"), got, golden, low, strict=True):
+            results.append((f"{kind}{name}", compare(*tensors, dtype=dtype)))
+    return results
+
+
+def _decode_branches(x: CacheInputs, block_idx: Tensor, scale: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Reference results for chosen blocks: (o and the three lse), the blocks it would choose, their importance."""
+    plan, q, k, v, k_cmp, v_cmp, gates, k_win, v_win = reference.pack_cache(*x)
+    o_cmp, lse_cmp = reference.attend_compressed(q, k_cmp, v_cmp, plan, scale=scale)
+    o_slc, lse_slc = reference.attend_selected(q, k, v, block_idx, plan, scale=scale)
+    o_win, lse_win = reference.attend_window(q, k_win, v_win, plan, scale=scale)
+    want = reference.select_blocks(q, k_cmp, lse_cmp, plan, scale=scale)
+    score = reference.block_scores(q, k_cmp, lse_cmp, plan, scale=scale)
+    o = reference.combine(o_cmp, o_slc, o_win, gates)
+    return [o, lse_cmp, lse_slc, lse_win], want, reference.unpad(score.transpose(1, 2), plan)
 
 
 def _with_gradients(

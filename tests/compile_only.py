@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import nsattn.kernels
 from nsattn import NSAConfig, dispatch
-from nsattn.testing import Inputs, make_compression, make_inputs, random_selection
+from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
 
 WORKSPACE = 1 << 30
 KIB = 1024
@@ -200,6 +200,12 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
     elif operation == "attend_selected":
         yield lambda: function(x.q, x.k, x.v, block_idx, plan, **scratch)
         yield lambda: backward(o, dlse, x.q, x.k, x.v, o, lse, block_idx, plan, **scratch)
+    elif operation == "nsa_decode":
+        sizes = {"room": 1000, "num_kv_heads": 2, "group": cell.group, "head_dim": cell.head_dim}
+        for num_new, paged in ((1, False), (3, True)):
+            cache = make_cache([700, 3], num_new, paged=paged, v_head_dim=cell.v_head_dim, config=plan.config,
+                               dtype=cell.dtype, **sizes)
+            yield lambda cache=cache: function(*cache, **scratch)
     elif operation == "combine":
         yield lambda: function(o, o, o, x.gates)
         yield lambda: backward(o, o, o, o, x.gates)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsattn.plan import Plan, rows_of
+from nsattn.config import NSAConfig
+from nsattn.plan import Plan, make_cached_plan, rows_of
 
 
 def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str) -> Tensor:
@@ -118,6 +119,49 @@ def nsa_attention(
     o_slc, _ = attend_selected(q, k, v, block_idx, plan, scale=scale)
     o_win, _ = attend_window(q, k, v, plan, scale=scale)
     return combine(o_cmp, o_slc, o_win, gates)
+
+
+def nsa_decode(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor, v_win: Tensor,
+    cache_seqlens: Tensor, block_table: Tensor | None, config: NSAConfig, *, scale: float, workspace: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eq 5 and 8 to 12 for new tokens at the end of a cache. See `nsattn.nsa_decode`."""
+    shape = q.shape[:2]
+    plan, q, k, v, k_cmp, v_cmp, gates, k_win, v_win = pack_cache(
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, config
+    )
+    o_cmp, lse_cmp = attend_compressed(q, k_cmp, v_cmp, plan, scale=scale)
+    block_idx = select_blocks(q, k_cmp, lse_cmp, plan, scale=scale)
+    o_slc, lse_slc = attend_selected(q, k, v, block_idx, plan, scale=scale)
+    o_win, lse_win = attend_window(q, k_win, v_win, plan, scale=scale)
+    o = combine(o_cmp, o_slc, o_win, gates)
+    o, lse_cmp, lse_slc, lse_win, block_idx = (
+        x.unflatten(0, shape) for x in (o, lse_cmp, lse_slc, lse_win, block_idx)
+    )
+    return o, lse_cmp, lse_slc, lse_win, block_idx
+
+
+def pack_cache(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor, v_win: Tensor,
+    cache_seqlens: Tensor, block_table: Tensor | None, config: NSAConfig,
+) -> tuple[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The plan of new tokens over a cache, and their tensors as its packed rows: pages gathered, batch flattened."""
+    batch, num = q.shape[:2]
+    k, v, k_cmp, v_cmp, k_win, v_win = (_gather_pages(x, block_table) for x in (k, v, k_cmp, v_cmp, k_win, v_win))
+    size, cmp_size = k.shape[1], k_cmp.shape[1]
+    plan = make_cached_plan(
+        torch.full_like(cache_seqlens, num), cache_seqlens.clamp(0, size), total=batch * num, max_new=num, size=size,
+        cmp_size=cmp_size, config=config,
+    )
+    q, k, v, k_cmp, v_cmp, gates, k_win, v_win = (
+        x.flatten(0, 1) for x in (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
+    )
+    return plan, q, k, v, k_cmp, v_cmp, gates, k_win, v_win
+
+
+def _gather_pages(x: Tensor, block_table: Tensor | None) -> Tensor:
+    """Cached rows `[Bsz, C, ...]`: as they are, or gathered from pages `[pages, rows, ...]`."""
+    return x if block_table is None else x[block_table.long().clamp(0, x.shape[0] - 1)].flatten(1, 2)
 
 
 def _attend(

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsattn.kernels._select import keep_best
 from nsattn.kernels._tile import LOG2E, bounds, dot, load_rows, next_power_of_2
 from nsattn.plan import TILE, Plan
 
 MAX_BLOCKS = 16384
-INF_BITS = tl.constexpr(0x7F800000)
 
 
 def score_tile(D: int, max_blk: int, element_size: int) -> tuple[int, int, int]:
@@ -108,33 +108,9 @@ def _select_kernel(
     forced = (o_j < visible) & ((o_j < INIT) | (o_j >= visible - LOCAL))
     free = N - tl.minimum(tl.minimum(INIT, visible) + tl.minimum(LOCAL, visible), visible)
 
-    # Scores are not negative, so their bits order like the numbers; -1 stands for blocks that do not compete.
-    # NaN counts as infinity.
     p_score = SCORE + (i_row.to(tl.int64) * num_kv_heads + i_h) * num_cols
     competes = (o_j < visible) & ~forced
-    score = tl.load(p_score + o_j, mask=competes, other=0.0)
-    bits = tl.where(score == score, score.to(tl.int32, bitcast=True), INF_BITS)
-    bits = tl.where(competes, bits, -1)
-
-    # Bisect for `low` with the `free` best at or above it and too few at or above `high`; usually the count is
-    # exact before the interval closes. Where it closes, the scores equal to `low` tie: lower blocks first.
-    low = tl.full([], 0, tl.int32)
-    high = tl.max(bits, 0) + 1
-    count = tl.sum((bits >= 0).to(tl.int32), 0)
-    while (count > free) & (high - low > 1):
-        middle = low + (high - low) // 2
-        above = tl.sum((bits >= middle).to(tl.int32), 0)
-        enough = above >= free
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        count = tl.where(enough, above, count)
-    keep = bits >= low
-    if count > free:
-        greater = bits > low
-        room = free - tl.sum(greater.to(tl.int32), 0)
-        tied = bits == low
-        keep = greater | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    keep = keep | forced
+    keep = keep_best(tl.load(p_score + o_j, mask=competes, other=0.0), competes, free) | forced
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(IDX + ((start_q + i_q) * num_kv_heads + i_h) * N + slot, o_j, mask=keep)
 
