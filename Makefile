@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?= -n 2
+OLDEST_HF := 5.17.0
+HF := $(VENV)/transformers-$(OLDEST_HF)
 DEMO_OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test lint clean
@@ -11,7 +13,9 @@ DEMO_OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(READY)
 	$(BIN)/nsattn train --preset tiny --out $(DEMO_OUT)
 
-test: lint
+# The transformers tests run twice: against the newest version and the oldest that is supported.
+test: lint $(HF)
+	PYTHONPATH=$(HF) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_transformers.py tests/test_transformers_cache.py
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -24,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
 	touch $@
+
+$(HF): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ transformers==$(OLDEST_HF)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

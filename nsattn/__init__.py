@@ -10,6 +10,7 @@ from nsattn.api import (
     nsa_attention,
     select_blocks,
 )
+from nsattn.checkpoint import checkpoint_contexts
 from nsattn.checks import check_selection
 from nsattn.config import NSAConfig
 from nsattn.decode import nsa_decode
@@ -28,6 +29,7 @@ __all__ = [
     "attend_selected",
     "attend_window",
     "check_selection",
+    "checkpoint_contexts",
     "combine",
     "compress",
     "estimate_memory",

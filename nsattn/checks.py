@@ -197,6 +197,18 @@ def check_no_grad(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+def check_whole_sequences() -> None:
+    """Not inside torch's `context_parallel`, which cuts sequences and mends dense attention only."""
+    if torch.compiler.is_compiling():
+        return
+    patched = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if patched.startswith("torch.distributed"):
+        raise NotImplementedError(
+            "NSA needs whole sequences, got a call inside torch's context_parallel, whose ranks hold a part each and "
+            "would attend to that part alone. Shard heads or data instead."
+        )
+
+
 def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config: NSAConfig) -> None:
     """Method and parameter shapes of `compress`."""
     if method not in METHODS:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nsattn import api, checks
+from nsattn.cache import LayerCache, Step
 from nsattn.config import NSAConfig
+from nsattn.decode import nsa_decode
 from nsattn.plan import Plan, compressed_positions, make_plan, positions, uniform_cu_seqlens
 
 
@@ -87,10 +89,12 @@ class NSAttention(nn.Module):
     first token.
 
     Shapes: `forward(x)` takes `[Bsz, S, dim]`, or packed `[T, dim]` with `cu_seqlens` (int32 `[n + 1]`) or a `plan`,
-    and returns the same shape.
+    and returns the same shape. With a `cache` and the `step` of this pass (see `nsattn.cache`), x `[Bsz, S, dim]` are
+    new tokens, which attend to those kept before too; where the step's mask takes a token out, the output is zero.
 
     Raises:
-        ValueError: sizes that do not fit, or that the kernels do not support.
+        ValueError: sizes that do not fit, or that the kernels do not support; a cache without a step or with lengths.
+        NotImplementedError: a call inside torch's `context_parallel`.
 
     Numerics: see `nsattn.nsa_attention`; works under autocast, activation checkpointing and torch.compile.
 
@@ -146,31 +150,46 @@ class NSAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         plan: Plan | None = None,
+        cache: LayerCache | None = None,
+        step: Step | None = None,
         return_selection: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention output like x; with `return_selection` also the selected blocks, int32 `[T, Hkv, N]`."""
-        plan = self._plan(x, cu_seqlens, max_seqlen, plan)
+        checks.check_whole_sequences()
+        if cache is None and step is None:
+            plan = new = self._plan(x, cu_seqlens, max_seqlen, plan)
+            t, t_cmp = positions(plan), compressed_positions(plan)
+        elif cache is None or step is None or x.dim() != 3 or (cu_seqlens, max_seqlen, plan) != (None, None, None):
+            raise ValueError(
+                "a cache must come with the step of this pass, x [Bsz, S, dim] and no other lengths, got "
+                f"{type(cache).__name__}, {type(step).__name__} and x {tuple(x.shape)}. Use CacheLengths.advance."
+            )
+        else:
+            new, t, t_cmp = step.new, step.positions.flatten(), step.cmp_positions
         rows = x.flatten(0, -2)
         q = self.q_proj(rows).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(rows).unflatten(-1, (self.branches, self.num_kv_heads, self.head_dim)).unbind(1)
         v = self.v_proj(rows).unflatten(-1, (self.branches, self.num_kv_heads, self.v_head_dim)).unbind(1)
         gates = self.gate_proj(rows).sigmoid().unflatten(-1, (self.num_heads, 3))
 
-        t = positions(plan)
-        k_cmp = apply_rope(self.compress_k(k[0], plan, impl=self.impl), compressed_positions(plan), self.rope_theta)
-        v_cmp = self.compress_v(v[0], plan, impl=self.impl)
+        sources = (k[0], v[0])
+        if cache is not None and step is not None:
+            sources = cache.extend(step, *sources)
+        k_cmp = apply_rope(self.compress_k(sources[0], new, impl=self.impl), t_cmp, self.rope_theta)
+        v_cmp = self.compress_v(sources[1], new, impl=self.impl)
         q = apply_rope(q, t, self.rope_theta)
-        k_slc, v_slc, k_win, v_win = apply_rope(k[0], t, self.rope_theta), v[0], None, None
+        kept = {"k": apply_rope(k[0], t, self.rope_theta), "v": v[0], "k_cmp": k_cmp, "v_cmp": v_cmp}
         if self.branches == 3:
-            k_slc, v_slc = apply_rope(k[1], t, self.rope_theta), v[1]
-            k_win, v_win = apply_rope(k[2], t, self.rope_theta), v[2]
-        out = api.nsa_attention(
-            q, k_slc, v_slc, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win, plan=plan,
-            return_lse=True, impl=self.impl,
-        )
-        assert isinstance(out, api.NSAOutput)
-        y = self.o_proj(out.o.flatten(1)).view(*x.shape[:-1], -1)
-        return (y, out.block_idx) if return_selection else y
+            kept |= {"k": apply_rope(k[1], t, self.rope_theta), "v": v[1]}
+            kept |= {"k_win": apply_rope(k[2], t, self.rope_theta), "v_win": v[2]}
+        if cache is not None and step is not None:
+            o, block_idx = attend_cached(q, gates, cache.append(step, **kept), step, impl=self.impl)
+        else:
+            out = api.nsa_attention(q, **kept, gates=gates, plan=plan, return_lse=True, impl=self.impl)
+            assert isinstance(out, api.NSAOutput)
+            o, block_idx = out.o, out.block_idx
+        y = self.o_proj(o.flatten(1)).view(*x.shape[:-1], -1)
+        return (y, block_idx) if return_selection else y
 
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Plan | None) -> Plan:
         checks.check_tensor("x", x, (2, 3), "[T, dim] (packed) or [Bsz, S, dim]")
@@ -182,6 +201,36 @@ class NSAttention(nn.Module):
         assert cu_seqlens is not None, "check_lengths asks packed input for it"
         checks.check_cu_seqlens("cu_seqlens", cu_seqlens, x)
         return make_plan(cu_seqlens, x.flatten(0, -2).shape[0], config=self.config, max_seqlen=max_seqlen)
+
+
+def attend_cached(
+    q: Tensor, gates: Tensor, caches: dict[str, Tensor], step: Step, *, softmax_scale: float | None = None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """What new tokens see of everything a cache holds.
+
+    Args:
+        q, gates: `[Bsz * S, Hq, D]` and `[Bsz * S, Hq, 3]`, tokens that the step's mask takes out included.
+        caches: k, v, k_cmp, v_cmp and maybe k_win, v_win, from `LayerCache.append`.
+        step: of this pass.
+
+    Returns:
+        o, `[Bsz * S, Hq, Dv]`, and the selected blocks, int32 `[Bsz * S, Hkv, N]`; zero and -1 for tokens taken out.
+    """
+    options = {"softmax_scale": softmax_scale, "return_lse": True, "impl": impl}
+    if step.plan is None:
+        q, gates = q[:, None], gates[:, None]
+        config = step.new.config
+        out = nsa_decode(q, **caches, gates=gates, cache_seqlens=step.lengths, config=config, **options)
+        assert isinstance(out, api.NSAOutput)
+        o, block_idx = out.o[:, 0], out.block_idx[:, 0]
+        if step.kept is not None:
+            taken_out = ~step.kept[:, :, None]
+            o, block_idx = o.masked_fill(taken_out, 0), block_idx.masked_fill(taken_out, -1)
+        return o, block_idx
+    packed = {name: x.flatten(0, 1) for name, x in caches.items()}
+    out = api.nsa_attention(step.pack(q), **packed, gates=step.pack(gates), plan=step.plan, **options)
+    assert isinstance(out, api.NSAOutput)
+    return step.unpack(out.o), step.unpack(out.block_idx)
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -27,8 +27,10 @@ ARROWS = {
     "checks": {"config", "plan"},
     "branches": {"config", "dispatch", "plan", "kernels.reference"},
     "api": {"branches", "checks", "dispatch", "config", "plan"},
+    "checkpoint": {"branches"},
     "decode": {"api", "branches", "checks", "dispatch", "config"},
-    "nn": {"api", "checks", "config", "plan"},
+    "cache": {"checks", "config", "plan"},
+    "nn": {"api", "cache", "checks", "config", "decode", "plan"},
     "kernels.reference": {"config", "plan"},
 }
 

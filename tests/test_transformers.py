@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -114,7 +113,7 @@ def test_long_context_follows_nsa_attention(family):
     o = nsattn.nsa_attention(
         q_rot, k_rot, v, gates=gates, k_cmp=k_cmp, v_cmp=attention.compress_v(v, plan), plan=plan
     )
-    batch = hf.modeling.Batch(plan, hf.modeling.first_rows(plan))
+    batch = hf.modeling.Batch(plan, cos[0, first, None], sin[0, first, None])
     close(attention(x, (cos, sin), nsa=batch)[0][0], attention.o_proj(o.flatten(1)))
 
 
@@ -225,15 +224,43 @@ def test_gradient_checkpointing_changes_nothing():
     mask = torch.ones_like(ids)
     mask[1, 25:] = 0
     grads = []
-    for enable in (False, True):
-        if enable:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    for options in (None, {}, {"use_reentrant": False, "context_fn": nsattn.checkpoint_contexts}):
+        if options is not None:
+            enable(options)
         model.zero_grad(set_to_none=True)
         model(ids, attention_mask=mask, labels=ids).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    for a, b, c in zip(*grads, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_lora_recipe(tmp_path):
+    """PEFT: adapters on the projections, and the new modules trained whole."""
+    peft = pytest.importorskip("peft")
+    model, ids = sparse("qwen3"), tokens(2, 40)
+    state = copy.deepcopy(model.state_dict())
+    recipe = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["gate_proj", "compress_k", "compress_v"], task_type="CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(model, recipe)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora" in name or "modules_to_save" in name for name in trained)
+    assert {"gate_proj", "compress_k", "compress_v"} <= {part for name in trained for part in name.split(".")}
+    with torch.no_grad():
+        want = adapted.eval()(ids).logits
+        adapted.save_pretrained(tmp_path)
+        fresh = sparse("qwen3")
+        fresh.load_state_dict(state)
+        assert relative(fresh(ids).logits, want) > 0.01
+        close(peft.PeftModel.from_pretrained(fresh, tmp_path).eval()(ids).logits, want)
 
 
 def test_a_few_steps_lower_the_loss():
@@ -341,36 +368,42 @@ assert len(model(torch.ones(1, 9, dtype=torch.long), output_hidden_states=True).
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@torch.no_grad()
-def test_generate_equals_full_forwards(family):
-    model, prompt = sparse(family), tokens(1, 20)
-    want = prompt
-    for _ in range(30):
-        want = torch.cat([want, model(want).logits[:, -1:].argmax(-1)], dim=1)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(prompt, **options), want)
-
-    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), prompt[:, :11]], dim=1)
-    short = model.generate(prompt[:, :11], **options)
-    batch = torch.cat([prompt, padded])
-    got = model.generate(batch, attention_mask=(batch != 0).long(), **options)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1, 9:], short[0])
-
-
-@torch.no_grad()
-def test_other_ways_to_generate():
-    model, prompt = sparse(), tokens(2, 20)
-    beams = model.generate(prompt, max_new_tokens=5, num_beams=3, do_sample=False, eos_token_id=None)
-    sampled = model.generate(prompt, max_new_tokens=5, do_sample=True, eos_token_id=None)
-    assert beams.shape == sampled.shape == (2, 25)
+def test_refusals_of_shards_of_sequences():
+    """Around our layers, context parallelism would let every rank attend to its own part, in silence."""
+    model, ids = sparse(), tokens(1, 20)
+    hooked = model.model.layers[1].self_attn.register_forward_pre_hook(  # as accelerate does it with cp_size > 1
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None, "is_causal": True}), with_kwargs=True
+    )
+    with pytest.raises(NotImplementedError, match="accelerate's context parallelism"):
+        model(ids)
+    hooked.remove()
+    code = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from test_transformers import sparse, tokens
+import nsattn
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+model, layer = sparse(), nsattn.NSAttention(32, 2, 2)
+ids, x = tokens(1, 16), torch.randn(1, 16, 32)
+for call in (lambda: model(ids), lambda: layer(x)):
+    call()
+    with context_parallel(init_device_mesh("cpu", (1,)), buffers=[x], buffer_seq_dims=[1]):
+        try:
+            call()
+        except NotImplementedError as error:
+            assert "context_parallel" in str(error)
+        else:
+            raise SystemExit("no refusal")
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_refusals():
     model, ids = sparse(), tokens(1, 20)
     for call, kwargs, message in (
-        (model, {"past_key_values": DynamicCache(config=model.config)}, "past_key_values must be None"),
-        (model, {"use_cache": True}, "use_cache False"),
-        (model.generate, {"use_cache": True, "max_new_tokens": 2}, "use_cache must be False"),
         (model, {"output_attentions": True}, "output_attentions must be False"),
         (model, {"attention_mask": torch.ones(1, 1, 20, 20)}, "attention_mask must be 2-D"),
         (model, {"attention_mask": {"full_attention": None}}, "attention_mask must be 2-D"),

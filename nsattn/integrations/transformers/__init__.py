@@ -1,4 +1,4 @@
-"""Native Sparse Attention in Hugging Face Llama, Qwen2 and Qwen3: training and forward passes without a cache.
+"""Native Sparse Attention in Hugging Face Llama, Qwen2 and Qwen3: training, forward passes and generation.
 
     from nsattn.integrations.transformers import convert_to_nsa
     model = convert_to_nsa(AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B"))
@@ -19,12 +19,18 @@ its outputs are what a zero hidden state gives); or packed sequences in one row,
 `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them, or with `position_ids` that start again. With a
 mask or `position_ids` the model waits for the GPU once per forward to learn the lengths, otherwise never.
 
-Limits: there is no inference cache, so `generate` computes the whole prefix for every token. Dropout on attention
-weights, sliding window layers, 4-D masks and `output_attentions` are refused.
+Generation: `generate` keeps an `NSACache`; greedy search, sampling and beams work, with prompts padded on the left or
+anywhere else, prefill in chunks and `cache_implementation="static"`. A decoding step computes its token alone and does
+not wait for the GPU. A forward pass keeps a cache where `use_cache=True` or `past_key_values` asks for one, without
+gradients.
+
+Limits: dropout on attention weights, sliding window layers, 4-D masks and `output_attentions` are refused, and with a
+cache also packed rows, assisted decoding, offloading and quantisation.
 """
 
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
+from nsattn.integrations.transformers.cache import NSACache
 from nsattn.integrations.transformers.config import NSALlamaConfig, NSAQwen2Config, NSAQwen3Config
 from nsattn.integrations.transformers.convert import FAMILIES, convert_to_dense, convert_to_nsa
 from nsattn.integrations.transformers.modeling import (
@@ -42,6 +48,7 @@ for family in FAMILIES:
     AutoModelForCausalLM.register(family.sparse_config, family.sparse_lm, exist_ok=True)
 
 __all__ = [
+    "NSACache",
     "NSALlamaConfig",
     "NSALlamaForCausalLM",
     "NSALlamaModel",

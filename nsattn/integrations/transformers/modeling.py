@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationMode  # pyright: ignore[reportMissingImports]
 from transformers.initialization import copy_, zeros_  # pyright: ignore[reportMissingImports]
 from transformers.masking_utils import create_causal_mask  # pyright: ignore[reportMissingImports]
 from transformers.modeling_utils import PreTrainedModel  # pyright: ignore[reportMissingImports]
@@ -15,21 +16,23 @@ from transformers.models.qwen2 import Qwen2ForCausalLM, Qwen2Model  # pyright: i
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention  # pyright: ignore[reportMissingImports]
 from transformers.models.qwen3 import Qwen3ForCausalLM, Qwen3Model  # pyright: ignore[reportMissingImports]
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention  # pyright: ignore[reportMissingImports]
-from transformers.utils import can_return_tuple  # pyright: ignore[reportMissingImports]
+from transformers.utils.generic import can_return_tuple  # pyright: ignore[reportMissingImports]
 
-from nsattn import api
+from nsattn import api, checks
+from nsattn.cache import Step
+from nsattn.integrations.transformers.cache import NSACache
 from nsattn.integrations.transformers.config import NSALlamaConfig, NSAQwen2Config, NSAQwen3Config
-from nsattn.nn import Compressor
+from nsattn.nn import Compressor, attend_cached
 from nsattn.plan import Plan, make_plan, positions, rows_of, uniform_cu_seqlens
-
-NO_CACHE = "NSA models have no inference cache yet. Call with use_cache=False and the whole prefix, as generate() does."
 
 
 class Batch(NamedTuple):
-    """Lengths of a forward pass, made once by the model and passed to every layer."""
+    """Lengths and positions of a forward pass, made once by the model and passed to every layer."""
 
-    plan: Plan
-    first: Tensor  # int64 [total_cmp], row of the first token of every compressed block
+    plan: Plan | None  # of the attention; with a cache it is in the step
+    cos_cmp: Tensor  # [compressed rows of this pass, 1, D], rotation at the first token of every compressed block
+    sin_cmp: Tensor
+    step: Step | None = None  # with a cache
 
 
 class GateProjection(nn.Linear):
@@ -67,12 +70,18 @@ class SparseAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
         *,
         nsa: Batch,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`[Bsz, S, dim]` -> the same; `attention_mask` is for dense layers and not read, `nsa` holds the lengths."""
-        plan, impl = nsa.plan, self.config.nsa_impl
+        if attention_mask is None and kwargs.get("is_causal"):  # what accelerate's hooks make of every mask
+            raise NotImplementedError(
+                "NSA needs whole sequences, got a call that accelerate's context parallelism has prepared. Use "
+                "ParallelismConfig(cp_size=1); shard data or heads instead."
+            )
+        impl, step = self.config.nsa_impl, nsa.step
         rows = hidden_states.flatten(0, 1)
         q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -80,13 +89,21 @@ class SparseAttention(nn.Module):
         gates = self.gate_proj(rows).sigmoid().unflatten(-1, (-1, 3))
         cos, sin = (x.expand(len(hidden_states), -1, -1).flatten(0, 1)[:, None] for x in position_embeddings)
 
-        k_cmp = rotate(self.compress_k(k, plan, impl=impl), cos[nsa.first], sin[nsa.first])
-        v_cmp = self.compress_v(v, plan, impl=impl)
-        o = api.nsa_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp,
-            softmax_scale=self.scaling, plan=plan, impl=impl,
-        )
-        assert isinstance(o, Tensor), "no log-sum-exps asked for"
+        new, k_new, v_new, cache = nsa.plan, k, v, None
+        if step is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            new, (k_new, v_new) = step.new, cache.extend(step, k, v)
+        assert new is not None, "without a cache there is a plan"
+        k_cmp = rotate(self.compress_k(k_new, new, impl=impl), nsa.cos_cmp, nsa.sin_cmp)
+        v_cmp = self.compress_v(v_new, new, impl=impl)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        options = {"softmax_scale": self.scaling, "impl": impl}
+        if step is None or cache is None:
+            o = api.nsa_attention(q, k, v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, plan=nsa.plan, **options)
+            assert isinstance(o, Tensor), "no log-sum-exps asked for"
+        else:
+            caches = cache.append(step, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp)
+            o, _ = attend_cached(q, gates, caches, step, **options)
         return self.o_proj(o.flatten(1)).view(hidden_states.shape), None
 
 
@@ -144,13 +161,13 @@ class NSABaseModel(NSAPreTrained):
 
         Raises:
             ValueError: a mask or lengths of the wrong form.
-            NotImplementedError: `past_key_values`, `use_cache=True`, `output_attentions=True`, a 4-D mask.
+            TypeError: `past_key_values` of another class than `NSACache`.
+            NotImplementedError: `output_attentions=True`, a 4-D mask, packed rows or gradients with a cache.
         """
+        checks.check_whole_sequences()
         cu, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
-        for name in ("cu_seq_lens_k", "max_length_k"):  # no cache: the same as for queries
+        for name in ("cu_seq_lens_k", "max_length_k"):  # the same as for queries
             kwargs.pop(name, None)
-        if past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache):
-            raise NotImplementedError(f"past_key_values must be None and use_cache False. {NO_CACHE}")
         wants_attentions = kwargs.get("output_attentions")
         if self.config.output_attentions if wants_attentions is None else wants_attentions:
             raise NotImplementedError(
@@ -163,6 +180,11 @@ class NSABaseModel(NSAPreTrained):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None, "one of the two is given"
         shape = inputs_embeds.shape
+        if past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache):
+            cache = NSACache(self.config) if past_key_values is None else past_key_values
+            check_cache(self, cache, cu)
+            check_lengths(shape, attention_mask, position_ids, cu, cache.get_seq_length())
+            return self.continue_from(cache, inputs_embeds, attention_mask, position_ids, **kwargs)
         check_lengths(shape, attention_mask, position_ids, cu)
 
         keep = None
@@ -179,13 +201,15 @@ class NSABaseModel(NSAPreTrained):
         size = inputs_embeds.shape[:2]
         plan = make_plan(cu, size.numel(), config=self.config.block_sizes, max_seqlen=longest)
         index = positions(plan).view(size)
+        mask = self.dense_mask(inputs_embeds, None, None, index)
+        index = index if position_ids is None else position_ids
 
         out = super().forward(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=inputs_embeds,
-            attention_mask=self.dense_mask(inputs_embeds, index),
-            position_ids=index if position_ids is None else position_ids,
+            attention_mask=mask,
+            position_ids=index,
             use_cache=False,
-            nsa=Batch(plan, first_rows(plan)),
+            nsa=Batch(plan, *self.rotation(inputs_embeds, index, index.expand(size).flatten()[first_rows(plan)])),
             return_dict=True,
             **({"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": plan.max_q, "max_length_k": plan.max_q}
                if size[0] == 1 else {}),
@@ -197,13 +221,60 @@ class NSABaseModel(NSAPreTrained):
                 out.hidden_states = tuple(pad(x, keep, shape) for x in out.hidden_states)
         return out
 
-    def dense_mask(self: Any, inputs_embeds: Tensor, index: Tensor) -> Tensor | None:
+    def continue_from(
+        self: Any,
+        cache: NSACache,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Forward pass of new tokens `[Bsz, S, dim]` after what the cache holds; arguments as `forward` has them.
+
+        Padding stays in the batch (taking it out would wait for the device), is not kept, and comes out as zeros. One
+        new token per row waits for nothing; more wait for the comparison of `position_ids`.
+        """
+        mask = self.dense_mask(inputs_embeds, attention_mask, cache, position_ids)
+        step = cache.advance(inputs_embeds.shape[:2], inputs_embeds.device, attention_mask)
+        if position_ids is not None and inputs_embeds.shape[1] > 1:
+            same = position_ids.to(step.positions.device) == step.positions
+            if not bool((same if step.kept is None else same | ~step.kept).all()):
+                raise ValueError(
+                    "position_ids must count the tokens that the mask keeps in a row, those in the cache too, got "
+                    "other positions. Leave them out; with a cache, rows cannot hold packed sequences."
+                )
+        out = super().forward(  # pyright: ignore[reportAttributeAccessIssue]
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=step.positions,
+            past_key_values=cache,
+            use_cache=True,
+            nsa=Batch(None, *self.rotation(inputs_embeds, step.positions, step.cmp_positions), step=step),
+            return_dict=True,
+            **kwargs,
+        )
+        if step.kept is not None:
+            padding = ~step.kept[..., None]
+            out.last_hidden_state = out.last_hidden_state.masked_fill(padding, 0)
+            if out.hidden_states is not None:
+                out.hidden_states = tuple(x.masked_fill(padding, 0) for x in out.hidden_states)
+        return out
+
+    def rotation(self: Any, like: Tensor, index: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[len(first), 1, D]` at positions `first`. Some rotations change with the longest position that
+        they see, so they see those of the tokens, `index`, too."""
+        cos, sin = self.rotary_emb(like, torch.cat([index.flatten(), first])[None])
+        return cos[0, index.numel() :, None], sin[0, index.numel() :, None]
+
+    def dense_mask(
+        self: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any, index: Tensor | None
+    ) -> Tensor | None:
         """The mask of the dense layers. Where there are none, a 4-D tensor that stops the stock forward from making it,
         which would take O(T^2) memory for packed rows; nothing reads it."""
         if len(self.config.sparse_layers) == self.config.num_hidden_layers:
             return inputs_embeds.new_zeros(1, 1, 1, 1)
         return create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=None, past_key_values=None,
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=cache,
             position_ids=index,
         )
 
@@ -221,24 +292,77 @@ class NSACausalLM(NSAPreTrained):
         self.post_init()
 
     def generate(self, *args: Any, use_cache: bool | None = None, **kwargs: Any) -> Any:
-        """`generate` of transformers, with the whole prefix computed for every new token."""
-        if use_cache:
-            raise NotImplementedError(f"use_cache must be False. {NO_CACHE}")
-        return super().generate(*args, use_cache=False, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        """`generate` of transformers. It keeps a cache unless `use_cache` or a `generation_config` is given that says
+        no; `use_cache` of the model's config is for forward passes."""
+        if use_cache is None:
+            use_cache = getattr(kwargs.get("generation_config"), "use_cache", None) is not False
+        return super().generate(*args, use_cache=use_cache, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` of transformers starts with."""
+        raise NotImplementedError(
+            "continuous batching must keep its own pages of keys, which have no place for compressed ones, got a call "
+            "of it. Use generate() with a padded batch."
+        )
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *sizes: int
+    ) -> None:
+        """What `generate` of transformers calls to make its cache. `sizes`: rows, and columns to reserve."""
+        kind = generation_config.cache_implementation
+        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise NotImplementedError(
+                "assisted decoding must take tokens back out of the cache, and an NSA cache cannot. Leave "
+                "assistant_model and prompt_lookup_num_tokens out."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if kind not in (None, "dynamic", "static"):
+                raise NotImplementedError(
+                    f"cache_implementation must be None, 'dynamic' or 'static', got {kind!r}: compressed keys are "
+                    "neither quantised nor offloaded. Leave it out."
+                )
+            longest = max(sizes[-1], getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = NSACache(self.config, longest if kind == "static" else None)
+        else:
+            super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+                generation_config, model_kwargs, generation_mode, *sizes
+            )
+
+
+def check_cache(model: Any, cache: Any, cu: Tensor | None) -> None:
+    """A forward pass can go on from `cache`."""
+    if not isinstance(cache, NSACache):
+        raise TypeError(
+            f"past_key_values must be an NSACache, got {type(cache).__name__}. Make one with NSACache(model.config), "
+            "or pass use_cache=True."
+        )
+    if cu is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q must be None with a cache: it keeps one sequence for each row of the batch. Pad the "
+            "sequences, with an attention_mask."
+        )
+    if model.training and any(layer.gradient_checkpointing for layer in model.layers):
+        raise NotImplementedError(
+            "use_cache must be False while training with gradient checkpointing, which would pass the cache over."
+        )
 
 
 def check_lengths(
-    shape: torch.Size, attention_mask: Tensor | None, position_ids: Tensor | None, cu: Tensor | None
+    shape: torch.Size, attention_mask: Tensor | None, position_ids: Tensor | None, cu: Tensor | None, cached: int = 0
 ) -> None:
-    """Mask, positions and packed lengths have a form that says where sequences are."""
+    """Mask, positions and packed lengths have a form that says where sequences are. The mask covers cached columns."""
+    columns = (shape[0], cached + shape[1])
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         got = getattr(attention_mask, "shape", type(attention_mask).__name__)
         raise NotImplementedError(
             f"attention_mask must be 2-D (1 for tokens, 0 for padding), got {got}. NSA is causal inside a sequence; "
             "for packed sequences pass cu_seq_lens_q or position_ids."
         )
-    if attention_mask is not None and attention_mask.shape != shape[:2]:
-        raise ValueError(f"attention_mask must be {tuple(shape[:2])} like the tokens, got {attention_mask.shape}.")
+    if attention_mask is not None and tuple(attention_mask.shape) != columns:
+        raise ValueError(
+            f"attention_mask must be {columns} like the tokens, cached ones included, got "
+            f"{tuple(attention_mask.shape)}. Cut or extend it."
+        )
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != shape[1]):
         raise ValueError(f"position_ids must be [1 or Bsz, S], got {tuple(position_ids.shape)} for {tuple(shape[:2])}.")
     if cu is not None and (attention_mask is not None or shape[0] != 1):
