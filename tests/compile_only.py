@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
             yield lambda y=y, p=params, m=method: backward(y, x.k, p, plan, method=m)
     elif operation == "select_blocks":
         yield lambda: function(x.q, x.k_cmp, lse, plan, **scratch)
+        finer = plan._replace(config=replace(plan.config, cmp_stride=8))  # another kernel; it does not run here
+        yield lambda: function(x.q, x.k_cmp, lse, finer, **scratch)
     elif operation == "attend_selected":
         yield lambda: function(x.q, x.k, x.v, block_idx, plan, **scratch)
         yield lambda: backward(o, dlse, x.q, x.k, x.v, o, lse, block_idx, plan, **scratch)

@@ -24,6 +24,15 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         "blocks of 128 keys, outside the loop. One warpgroup a program has no spills and is 3 to 9 % slower at "
         "T=65536, four KV heads, on an H200 (docs/log.md, 2026-11-23)",
     ),
+    ("sm_90", "_scores_kernel"): (
+        248,
+        "a few words an iteration around the loads of keys, from four heads on; a study found this shape fastest on an "
+        "H200, this kernel is not timed yet (docs/log.md, 2026-11-23)",
+    ),
+    ("sm_80", "_scores_kernel"): (96, _UNTUNED),
+    ("sm_80", "_offset_scores_kernel"): (112, _UNTUNED),
+    ("sm_100", "_offset_scores_kernel"): (112, _UNTUNED),
+    ("sm_100", "_scores_kernel"): (48, _UNTUNED),
     ("sm_80", "_dense_dkv_kernel"): (24, _UNTUNED),
     ("sm_80", "_dense_dq_kernel"): (64, _UNTUNED),
     ("sm_80", "_gradient_kernel"): (4288, f"heads of 256 most; {_UNTUNED}"),

@@ -7,20 +7,22 @@ INF_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def keep_best(score, competes, free):
-    """Which `free` entries of a row [BC] of float32 scores >= 0 are largest, among those that compete.
+def keep_best(score, competes, free, FREE: tl.constexpr):
+    """Which `free` entries of a row [BC] of float32 scores >= 0 are largest, among those that compete; free <= FREE.
 
     Bisection on the bits, no sort. Ties go to the lower index, NaN counts as infinity. All are kept if no more than
-    `free` compete.
+    `free` compete. FREE is a power of two, at most BC.
     """
     # Scores are not negative, so their bits order like the numbers; -1 stands for blocks that do not compete.
     bits = tl.where(score == score, score.to(tl.int32, bitcast=True), INF_BITS)
     bits = tl.where(competes, bits, -1)
     # Bisect for `low` with the `free` best at or above it and too few at or above `high`; usually the count is
     # exact before the interval closes. Where it closes, the scores equal to `low` tie: lower blocks first.
-    low = tl.full([], 0, tl.int32)
+    # The least of FREE maxima of disjoint parts is a lower bound, and cuts the search by half.
+    parts = tl.max(tl.reshape(bits, [score.shape[0] // FREE, FREE]), 0)
+    low = tl.maximum(tl.min(parts, 0), 0)
     high = tl.max(bits, 0) + 1
-    count = tl.sum((bits >= 0).to(tl.int32), 0)
+    count = tl.sum((bits >= low).to(tl.int32), 0)
     while (count > free) & (high - low > 1):
         middle = low + (high - low) // 2
         above = tl.sum((bits >= middle).to(tl.int32), 0)

@@ -169,7 +169,7 @@ def _decode_select_kernel(
                 s2 = tl.load(p_score + o_i, mask=competes & (o_i >= 0) & (o_i < count), other=-float("inf"))
                 score += tl.exp2(s2 - lse2) * weight
     free = N - tl.minimum(tl.minimum(INIT, visible) + tl.minimum(LOCAL, visible), visible)
-    keep = keep_best(score.to(tl.float32), competes, free) | forced
+    keep = keep_best(score.to(tl.float32), competes, free, BN) | forced
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1
     p_idx = IDX + ((first_row + i_row).to(tl.int64) * num_kv_heads + i_h) * N
     tl.store(p_idx + slot, o_j, mask=keep)
