@@ -133,6 +133,33 @@ def bench_selected(
         raise typer.BadParameter(str(error)) from None
 
 
+@bench.command("decode")
+def bench_decode(
+    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
+) -> None:
+    """Time the attention of a decoding step beside dense attention over the same cache."""
+    from nsattn.bench.decode import run
+
+    run(out=out, rounds=rounds, echo=typer.echo)
+
+
+@bench.command("model")
+def bench_model(
+    models: Annotated[str, typer.Option(help="Llama-3-8B, Qwen3-14B, Qwen2.5-32B, comma separated; default: all")] = "",
+    lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,16384,32768,65536",
+    layers: Annotated[int, typer.Option(min=1, help="layers of a model; fewer where they do not fit")] = 2,
+    out: Annotated[str, typer.Option(help="JSON file for the results; what it already has is not timed again")] = "",
+) -> None:
+    """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
+    from nsattn.bench.model import run
+
+    try:
+        run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @bench.command("plot")
 def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected")]) -> None:
     """Draw time against the group and against the length, as PNG beside the results."""

@@ -271,3 +271,36 @@ def test_summary(tmp_path):
 
 def test_cases_print_their_shape():
     assert str(Case(sequences=2, length=128, v_head_dim=64)) == "T=2x128 16/4 D=128/64 (B,N)=(64,16) bfloat16 random"
+
+
+def test_decode_runs_without_a_gpu(tmp_path):
+    """The reference at a tiny size, marked as such, checked, and merged into what is there."""
+    from nsattn.bench import decode
+
+    said, out = [], str(tmp_path / "decode.json")
+    rows = decode.run(out=out, rounds=1, echo=said.append)
+    assert "No GPU" in said[0] and {(r.who, r.impl) for r in rows} == {
+        ("nsattn", "reference"), ("nsattn", "reference paged"), ("torch", "dense math")
+    }
+    assert all(r.ok and r.op == "decode" and r.ms > 0 for r in rows)
+    assert read_rows(out) == rows
+    decode.run(out=out, rounds=1, echo=said.append)
+    assert len(read_rows(out)) == len(rows)
+
+
+def test_models_run_without_a_gpu(tmp_path):
+    pytest.importorskip("transformers")
+    from nsattn.bench import model
+
+    said, out = [], str(tmp_path / "models.json")
+    rows = model.run(out=out, echo=said.append)
+    assert "No GPU" in said[0]
+    assert {(r.phase, r.attention) for r in rows} == {(p, a) for p in model.PHASES for a in model.ATTENTION}
+    assert model.run(out=out, echo=said.append) == rows == model.read(out)  # nothing is timed twice
+    speedups = list(model.speedups(rows))
+    assert [key[3] for key in speedups] == sorted(model.PHASES) and all(s[4] > 0 for s in speedups)
+    with pytest.raises(ValueError, match="models are Llama-3-8B.*got GPT-5"):
+        model.run(models="GPT-5", echo=said.append)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
+        model.read(tmp_path / "bad.json")

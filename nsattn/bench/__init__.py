@@ -2,6 +2,8 @@
 
 attention: every operation, forward and backward, beside dense attention.
 selected:  selected attention alone, over the shapes of `cases.py`, beside the peers of `peers/`.
+decode:    the attention of one decoding step, beside dense attention over the same cache.
+model:     training steps and prefill of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
 
 Timing (`timing.py`): device events, a cold L2 cache, medians with the 20th and 80th percentile, and a pause before each

@@ -1,0 +1,227 @@
+"""`nsattn bench model`: training steps and prefill of real model shapes, with dense attention and with NSA.
+
+The layers are those of Hugging Face models with random weights, in bfloat16; embeddings and the output matrix are left
+out, since their cost does not depend on the attention. As many layers as fit, at most two: `layers` says how many,
+times are for all of them. A training step is forward and backward, `train+opt` adds the optimizer (fused AdamW);
+prefill fills a cache. `attention_ms` is what a step takes beyond one whose attention returns the values: scores,
+softmax, and for NSA compression, selection and gates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nsattn
+from nsattn.bench.timing import interleave, peak_beyond
+from nsattn.environment import commit, environment
+
+# Public config.json files: meta-llama/Llama-3.1-8B, Qwen/Qwen3-14B, Qwen/Qwen2.5-32B on huggingface.co.
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3-8B": {
+        "family": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 500000.0,
+    },
+    "Qwen3-14B": {
+        "family": "qwen3", "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1000000.0,
+    },
+    "Qwen2.5-32B": {
+        "family": "qwen2", "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "rope_theta": 1000000.0,
+    },
+}  # fmt: skip
+TINY = {"tiny": {"family": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "head_dim": 16}}  # fmt: skip
+SIZES = {(64, 16): nsattn.NSAConfig(), (128, 8): nsattn.NSAConfig(slc_block=128, num_selected=8)}
+TINY_SIZES = {(16, 4): nsattn.NSAConfig(8, 4, 16, 4, 20)}
+ATTENTION = ("dense", "qmajor", "auto")
+PHASES = ("train", "train+opt", "prefill")
+
+
+@dataclass
+class ModelRow:
+    """One time, in ms for all `layers`."""
+
+    who: str
+    model: str
+    layers: int
+    T: int
+    B: int
+    N: int
+    phase: str
+    attention: str
+    ms: float
+    attention_ms: float
+    peak_gib: float
+    commit: str
+
+
+KEY = ("who", "model", "T", "B", "N", "phase", "attention")
+
+
+def run(
+    *, models: str = "", lengths: tuple[int, ...] = (8192, 16384, 32768, 65536), out: str = "", layers: int = 2,
+    echo: Callable[[str], None],
+) -> list[ModelRow]:
+    """Time every model, length and pair (B, N); rows that `out` already holds are kept, and not timed again.
+
+    Args:
+        models: comma-separated names of `MODELS`, default all.
+        layers: at most so many; fewer where they do not fit.
+
+    Raises:
+        ValueError: an unknown model.
+    """
+    wanted = [name.strip() for name in models.split(",")] if models else list(MODELS)
+    if unknown := [name for name in wanted if name not in MODELS]:
+        raise ValueError(f"models are {', '.join(MODELS)}, got {', '.join(unknown)}. Name some of them.")
+    device, shapes, sizes = "cuda", {name: MODELS[name] for name in wanted}, SIZES
+    if not torch.cuda.is_available():
+        echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
+        device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
+    rows = read(out) if out and Path(out).exists() else []
+    for name, shape in shapes.items():
+        for T in lengths:
+            for pair, config in sizes.items():
+                done = {(r.phase, r.attention) for r in rows if (r.model, r.T, r.B, r.N) == (name, T, *pair)}
+                if done >= {(phase, kind) for phase in PHASES for kind in ATTENTION}:
+                    continue
+                for num in range(layers, 0, -1):
+                    try:
+                        new = _bench(name, shape, T, pair, config, num, device)
+                        break
+                    except torch.cuda.OutOfMemoryError:
+                        gc.collect()
+                        torch.cuda.empty_cache()
+                else:
+                    echo(f"{name} T={T}: not one layer fits")
+                    continue
+                rows = [r for r in rows if (r.model, r.T, r.B, r.N) != (name, T, *pair)] + new
+                for r in new:
+                    echo(f"{r.model:12} T={r.T:6} (B,N)=({r.B},{r.N}) {r.layers} layers {r.phase:9} {r.attention:7} "
+                         f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB")
+                if out:
+                    save(rows, out)
+    return rows
+
+
+def _bench(
+    name: str, shape: dict[str, Any], T: int, pair: tuple[int, int], config: nsattn.NSAConfig, layers: int, device: str
+) -> list[ModelRow]:
+    rows, calls, keys = [], [], []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(1, T, shape["hidden_size"], device=device, dtype=dtype) * 0.02
+    dy = torch.randn_like(x)
+    for kind in (*ATTENTION, "none"):
+        model = _model(shape, layers, kind, config, device, dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
+        for phase in PHASES:
+            call = _step(model, optimizer, x, dy, phase, kind)
+            call()
+            peak = 0.0 if kind == "none" else peak_beyond(call, device)[1]
+            calls.append(call)
+            keys.append((phase, kind, peak))
+        model.zero_grad(set_to_none=True)
+    times = dict(zip([key[:2] for key in keys], interleave(calls, device), strict=True))
+    for phase, kind, peak in keys:
+        if kind == "none":
+            continue
+        ms = times[phase, kind][0]
+        rows.append(ModelRow(
+            who="torch" if kind == "dense" else "nsattn", model=name, layers=layers, T=T, B=pair[0], N=pair[1],
+            phase=phase, attention=kind, ms=ms, attention_ms=ms - times[phase, "none"][0], peak_gib=peak,
+            commit=commit(),
+        ))  # fmt: skip
+    return rows
+
+
+def _model(
+    shape: dict[str, Any], layers: int, kind: str, config: nsattn.NSAConfig, device: str, dtype: torch.dtype
+) -> Any:
+    """The layers of a model, with random weights."""
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    from nsattn.integrations.transformers import convert_to_nsa
+
+    if kind == "none":
+        transformers.AttentionInterface.register("nsattn_bench_none", _values)
+        transformers.AttentionMaskInterface.register("nsattn_bench_none", lambda **kwargs: None)
+    options = {key: value for key, value in shape.items() if key not in ("family", "rope_theta")}
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[shape["family"]]
+    model_config = getattr(transformers, f"{family}Config")(
+        **options, vocab_size=64, num_hidden_layers=layers, max_position_embeddings=1 << 17,
+        attn_implementation="nsattn_bench_none" if kind == "none" else "sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": shape.get("rope_theta", 10000.0)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = getattr(transformers, f"{family}Model")(model_config).to(dtype)
+    if kind in ("qmajor", "auto"):
+        model = convert_to_nsa(model, config)
+        model.config.nsa_impl = kind if device == "cuda" else "reference"
+    return model
+
+
+def _values(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """An attention function that returns the values of each head's group: what a layer costs without attention."""
+    values = value[:, :, -query.shape[2] :].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return (values + 0 * query).transpose(1, 2), None  # the product keeps the gradient of q in the backward
+
+
+def _step(model: Any, optimizer: Any, x: Tensor, dy: Tensor, phase: str, kind: str) -> Callable[[], Tensor]:
+    def backends() -> contextlib.AbstractContextManager[Any]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if x.is_cuda and kind == "dense" else contextlib.nullcontext()
+
+    def prefill() -> Tensor:
+        with torch.no_grad(), backends():
+            return model(inputs_embeds=x, use_cache=True).last_hidden_state
+
+    def train() -> Tensor:
+        with torch.enable_grad(), backends():
+            y = model(inputs_embeds=x, use_cache=False).last_hidden_state
+            y.backward(dy)
+            if phase == "train+opt":
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return y.detach()
+
+    return prefill if phase == "prefill" else train
+
+
+def save(rows: list[ModelRow], out: str) -> None:
+    """Write the rows and where they come from as JSON."""
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+
+
+def read(path: str | Path) -> list[ModelRow]:
+    """Rows of a results file.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another kind.
+    """
+    try:
+        return [ModelRow(**row) for row in json.loads(Path(path).read_text())["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a results file of nsattn bench model ({error}). Make it again.") from error
+
+
+def speedups(rows: list[ModelRow]) -> Iterator[tuple[str, int, tuple[int, int], str, float, float]]:
+    """(model, T, (B, N), phase, speed-up over dense, speed-up over the vanilla schedule) of NSA with `auto`."""
+    times = {(r.model, r.T, (r.B, r.N), r.phase, r.attention): r.ms / r.layers for r in rows}
+    for key in sorted({key[:4] for key in times}):
+        dense, vanilla, ours = (times.get((*key, kind)) for kind in ATTENTION)
+        if dense and vanilla and ours:
+            yield *key, dense / ours, vanilla / ours
