@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from transformers import (
 import nsattn
 from nsattn.integrations import transformers as hf
 
+ROOT = Path(__file__).parents[1]
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
@@ -366,6 +369,47 @@ model = convert_to_nsa(LlamaForCausalLM(config))
 assert len(model(torch.ones(1, 9, dtype=torch.long), output_hidden_states=True).hidden_states) == 3
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_fsdp2_gives_the_same_gradients(tmp_path):
+    """Layers sharded over two processes, with a sequence too short for a compressed block: every parameter is used."""
+    script = tmp_path / "shard.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_transformers import sparse
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+torch.manual_seed(0)
+ids = torch.randint(3, 97, (2, 40))
+model = sparse("qwen3", compression="mlp").train()
+for length in (40, 5):  # 5 tokens have no compressed block
+    loss = model(ids[:, :length], labels=ids[:, :length]).loss
+    loss.backward()
+want = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+for length in (40, 5):
+    got = model(ids[:, :length], labels=ids[:, :length]).loss
+    got.backward()
+torch.testing.assert_close(got, loss)
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-4, atol=1e-5)
+dist.destroy_process_group()
+"""
 
 
 def test_refusals_of_shards_of_sequences():
