@@ -8,10 +8,13 @@ OLDEST_HF := 5.17.0
 HF := $(VENV)/transformers-$(OLDEST_HF)
 DEMO_OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint clean
+.PHONY: demo docs test lint clean
 
 demo: $(READY)
 	$(BIN)/nsattn train --preset tiny --out $(DEMO_OUT)
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 # The transformers tests run twice: against the newest version and the oldest that is supported.
 test: lint $(HF)

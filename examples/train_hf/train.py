@@ -22,7 +22,14 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from nsattn.integrations.transformers import NSALlamaConfig, NSALlamaForCausalLM
@@ -56,7 +63,8 @@ class Documents(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         start, end = self.pieces[i]
-        return {"input_ids": self.text[start:end].tolist()}
+        ids = self.text[start:end].tolist()
+        return {"input_ids": ids, "labels": ids}
 
 
 def make_model(config: dict[str, Any]) -> torch.nn.Module:
@@ -97,9 +105,12 @@ def main(argv: list[str]) -> dict[str, float]:
     held_out.pieces = held_out.pieces[: data["held_out"]]
     args = TrainingArguments(**config["training"])
     transformers.set_seed(args.seed)
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=config["attention"] == "nsa")
+    if data["shortest"] == data["longest"]:  # nothing to pack: a batch [documents, length]
+        collate = default_data_collator
     trainer = Trainer(
         model=make_model(config), args=args, train_dataset=Documents(corpus.train, **pick), eval_dataset=held_out,
-        data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=config["attention"] == "nsa"),
+        data_collator=collate,
     )  # fmt: skip
     folder = Path(args.output_dir)
     last = get_last_checkpoint(folder) if folder.exists() else None

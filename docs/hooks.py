@@ -1,0 +1,120 @@
+"""What the site has beyond the Markdown files of docs/. mkdocs calls the `on_` functions, see mkdocs.yml.
+
+- A line `::: nsattn.name` becomes the signature and the docstring of that object, `::: table support` the support table
+  of `nsattn.dispatch`, and `::: table times` the table of benchmarks/results/h200/attention.json.
+- Pages from outside docs/ (`PAGES`) are part of the site.
+- Links go to files of the repository. Those that are no page of the site are copied into it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+from nsattn import dispatch
+from nsattn.bench import summary
+
+ROOT = Path(__file__).parent.parent
+PAGES = (
+    "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_hf/README.md", "benchmarks/README.md",
+    "benchmarks/results/h200/verify.md",
+)  # fmt: skip
+TABLES = {
+    "support": dispatch.support_table,
+    "times": lambda: summary(ROOT / "benchmarks" / "results" / "h200" / "attention.json"),
+}
+DIRECTIVE = re.compile(r"^::: (.+)$", re.M)
+LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    for path in PAGES:
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    here = page.file.src_uri
+    source = here if here in PAGES else f"docs/{here}"
+
+    def link(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
+        if not (ROOT / target).is_file():
+            return match[0]  # mkdocs reports it
+        uri = target.removeprefix("docs/")
+        if files.get_file_from_path(uri) is None:
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
+        return match[1] + posixpath.relpath(uri, posixpath.dirname(here) or ".")
+
+    return LINK.sub(link, DIRECTIVE.sub(lambda match: directive(match[1]), markdown))
+
+
+def directive(text: str) -> str:
+    """Markdown for what stands after `:::`."""
+    kind, _, name = text.rpartition(" ")
+    return TABLES[name]() if kind == "table" else reference(name)
+
+
+def reference(path: str) -> str:
+    """Markdown of a module's docstring, or of a function or class: heading, signature, docstring, methods."""
+    try:
+        return docstring(importlib.import_module(path))
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        thing = getattr(importlib.import_module(module), name)
+    parts = [f"## `{name}`", signature(name, thing), docstring(thing)]
+    if inspect.isclass(thing):
+        for key, method in vars(thing).items():
+            if inspect.isfunction(method) and not key.startswith("_") and method.__doc__:
+                parts += [f"### `{name}.{key}`", signature(f"{name}.{key}", method), docstring(method)]
+    return "\n\n".join(parts)
+
+
+def signature(name: str, thing: Any) -> str:
+    if hasattr(thing, "_fields"):  # a NamedTuple: its fields, with their comments
+        body = inspect.getsource(thing).split("    def ")[0].split("    @")[0]
+        lines = [line for line in body.split('"""')[-1].splitlines() if line.strip()]
+        return "```text\n" + "\n".join(line.strip() for line in lines) + "\n```"
+    parameters = list(inspect.signature(thing).parameters.values())
+    lines = [re.sub(r": '(.*?)'", r": \1", f"    {p},") for p in parameters if p.name != "self"]
+    star = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
+    if star is not None:
+        lines.insert(star - sum(p.name == "self" for p in parameters), "    *,")
+    # inspect writes a class as its address or its path
+    text = "\n".join(re.sub(r"NSAConfig\(.*\),$", "NSAConfig(),", line) for line in lines)
+    return f"```text\n{name}(\n{text}\n)\n```" if lines else f"```text\n{name}()\n```"
+
+
+def docstring(thing: Any) -> str:
+    """A docstring with sections (`Args:` and an indented list) as Markdown."""
+    out: list[str] = []
+    section = False
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        entry = re.match(r"([\w, ]+): (.*)", text)
+        if not indent:
+            heading = re.match(r"([A-Z][\w, ]*):( |$)(.*)", text)
+            section = bool(heading and not heading[3])
+            if heading:
+                out += ["", f"**{heading[1]}.** {escape(heading[3])}", ""][: 3 if section else 2]
+            else:
+                out.append(escape(text))
+        elif section and indent == 4 and entry:
+            out.append("- " + ", ".join(f"`{n.strip()}`" for n in entry[1].split(",")) + f": {escape(entry[2])}")
+        elif section and re.match(r"`\w+`(, \(|:)", text):
+            out.append(f"    - {escape(text)}")
+        else:
+            out.append((" " * min(indent, 4) if section and out[-1].lstrip().startswith("-") else "") + escape(text))
+    return "\n".join(out).strip()
+
+
+def escape(text: str) -> str:
+    """Markdown's special characters outside of code."""
+    parts = text.split("`")
+    return "`".join(re.sub(r"([*_<\[\]])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
