@@ -1,4 +1,4 @@
-"""The `nsattn` command: info, why, verify, bench, train, record-selection."""
+"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from nsattn import dispatch
 from nsattn.checks import FLOATS
 from nsattn.environment import environment
-from nsattn.train.cli import record_selection, train
+from nsattn.train.cli import inspect, record_selection, train
 
 app = typer.Typer(
     help="Native Sparse Attention (arXiv 2502.11089), run the Flash Sparse Attention way (arXiv 2508.18224).",
@@ -23,6 +23,7 @@ bench = typer.Typer(help="Times, beside what a user would run instead.", no_args
 app.add_typer(bench, name="bench")
 app.command()(train)
 app.command("record-selection")(record_selection)
+app.command()(inspect)
 
 EQUATIONS = (  # tag in the paper, what it computes, public function
     ("Eq 7", "compress blocks of keys and values", "compress"),

@@ -91,6 +91,22 @@ def train(
 
 
 @_errors_in_one_line
+def inspect(
+    source: Annotated[Path, typer.Argument(help="folder of a run of nsattn train, or a recorded selection")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures and the page")] = Path("runs/inspect"),
+    text: Annotated[Path | None, typer.Option(help="text to read; default: held-out text of the run")] = None,
+    length: Annotated[int, typer.Option(min=0, help="bytes to read; 0: as in training, or the first recorded")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    impl: Annotated[str, typer.Option(help="which implementation of NSA, as impl= in the library")] = "auto",
+) -> None:
+    """Show which blocks a model selects on a text, and how much weight each branch gets."""
+    from nsattn.train.inspect import inspect as run
+
+    for path in run(source, out, text=text, length=length, device=device, impl=impl):
+        typer.echo(f"wrote {path}")
+
+
+@_errors_in_one_line
 def record_selection(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run of nsattn train")],
     out: Annotated[Path, typer.Option(help="safetensors file to write; .safetensors.xz compresses it")],

@@ -156,6 +156,28 @@ def selection_map(block_idx: np.ndarray, config: NSAConfig) -> np.ndarray:
     return colours
 
 
+def draw_gates(gates: Tensor, path: Path) -> None:
+    """Mean gate of each branch: by layer, and along the text.
+
+    Args:
+        gates: float `[layers, T, Hq, 3]`, of the compressed, selected and window branch.
+        path: PNG to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=DPI, layout="constrained")
+    by_layer, by_position = gates.mean((1, 2)).numpy(), gates.mean((0, 2)).numpy()
+    width = max(1, len(by_position) // 100)
+    for branch, name in enumerate(("compressed", "selected", "window")):
+        colour = COLOURS[(2, 0, 1)[branch]]
+        left.plot(range(len(by_layer)), by_layer[:, branch], "o-", color=colour, label=name)
+        right.plot(_moving_average(by_position[:, branch], width), color=colour, label=name)
+    left.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1), xticks=range(len(by_layer)))
+    right.set(xlabel="position [bytes]", ylim=(0, 1), title=f"mean of {width} positions" if width > 1 else "")
+    left.legend()
+    figure.suptitle("Weight of each branch: its gate, between 0 and 1")
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Mean of the last `width` values at each place, of fewer at the start."""
     total = np.concatenate([[0.0], np.cumsum(values)])
