@@ -1,4 +1,5 @@
-"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect."""
+"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect,
+report."""
 
 from __future__ import annotations
 
@@ -98,6 +99,22 @@ def verify(
     from nsattn.verify import run
 
     raise typer.Exit(0 if run(quick=quick, echo=typer.echo) else 1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="folder with the JSON files of nsattn bench")] = Path(
+        "benchmarks/results/h200"
+    ),
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("runs/report.html"),
+) -> None:
+    """Write one self-contained page with all that was measured."""
+    from nsattn.bench.report import write
+
+    try:
+        typer.echo(f"wrote {write(results, out)}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @bench.command("attention")

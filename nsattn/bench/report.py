@@ -1,0 +1,274 @@
+"""`nsattn report`: one self-contained HTML page from the results files of `nsattn bench`.
+
+The page reads `attention.json`, `selected.json`, `decode.json` and `models.json` of a folder. A section whose file is
+missing says so; nothing is filled in. Pictures are SVG inside the page: no script, no font, nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from nsattn.bench.model import ModelRow, speedups
+from nsattn.bench.model import read as read_models
+from nsattn.bench.timing import Row, read_rows
+
+DIRECTIONS = ("forward", "backward")
+OPERATIONS = ("compress", "attend_compressed", "select_blocks", "attend_selected", "attend_window", "combine")
+COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3")
+HEADS = (32, 8)  # of the sections that show one shape: those of Llama-3-8B
+FILES = ("attention", "selected", "decode", "models")
+
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]
+
+
+def write(results: Path, out: Path) -> Path:
+    """Write the page.
+
+    Raises:
+        ValueError: no results file in the folder, or a damaged one.
+    """
+    found = {name: results / f"{name}.json" for name in FILES if (results / f"{name}.json").exists()}
+    if not found:
+        raise ValueError(f"{results} holds none of {', '.join(f'{n}.json' for n in FILES)}. Run nsattn bench first.")
+    rows = {name: read_rows(path) for name, path in found.items() if name != "models"}
+    models = read_models(found["models"]) if "models" in found else []
+    attention, selected = rows.get("attention", []), rows.get("selected", [])
+    sections = [
+        ("Where it was measured", _environments(found)),
+        ("Time against the length", _against_length(attention)),
+        ("Where the time goes", _stack(attention)),
+        ("Selected attention against the group", _against_group(selected or attention)),
+        ("Speed-up of selected attention", _speedups(selected)),
+        ("How far from the floor", _roofline(attention)),
+        ("Memory beyond inputs and outputs", _memory(attention)),
+        ("A decoding step", _decoding(rows.get("decode", []))),
+        ("Models", _models(models)),
+        ("What the Flash Sparse Attention paper claims", _claims(selected, models)),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_page(sections), encoding="utf-8")
+    return out
+
+
+def _environments(found: dict[str, Path]) -> str:
+    names = ("gpu", "torch", "triton", "cuda", "python", "commit")
+    lines = []
+    for name, path in found.items():
+        seen = json.loads(path.read_text()).get("environment", {})
+        lines.append([f"{name}.json", *(str(seen.get(key, "")) for key in names)])
+    return _table((("file", *names), lines))
+
+
+def _against_length(rows: list[Row]) -> str:
+    """Whole NSA and dense attention for every pair of head counts."""
+    heads = sorted({(r.Hq, r.Hkv) for r in rows if r.op == "nsa_attention"})
+    if not heads:
+        return _missing("attention")
+
+    def draw(axes: Any, direction: str) -> None:
+        for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):
+            for op, style in (("nsa_attention", "o-"), ("dense causal", "s:")):
+                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.direction) == (Hq, Hkv, op, direction)),
+                              key=lambda r: r.T)
+                label = f"{Hq}/{Hkv} {'NSA' if op == 'nsa_attention' else 'dense'}"
+                _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour, label)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=direction)
+        axes.legend(fontsize=7, ncols=2)
+
+    return _figure(draw)
+
+
+def _against_group(rows: list[Row]) -> str:
+    """Selected attention of everyone at 64K tokens and four KV heads."""
+    here = [r for r in rows if r.op in ("attend_selected", "dense causal") and r.T == 65536 and r.Hkv == 4
+            and (r.B, r.N) == (64, 16) and r.set in ("", "target")]
+    if not here:
+        return _missing("selected")
+    who = sorted({(r.who, r.impl) for r in here})
+
+    def draw(axes: Any, direction: str) -> None:
+        for colour, (name, impl) in zip(COLOURS * 3, who, strict=False):
+            mine = sorted((r for r in here if (r.who, r.impl, r.direction) == (name, impl, direction)),
+                          key=lambda r: r.Hq)
+            style = "o-" if name == "nsattn" else "s:"
+            _line(axes, [(r.Hq // r.Hkv, r.ms, r.ok) for r in mine], style, colour, f"{name} {impl}")
+        axes.set(xscale="log", yscale="log", xlabel="query heads per KV head", ylabel="ms", title=direction)
+        axes.legend(fontsize=7)
+
+    return _figure(draw)
+
+
+def _stack(rows: list[Row]) -> str:
+    """Time of each operation, one above the other, and dense attention beside it."""
+    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS]
+    lengths = sorted({r.T for r in mine})
+    if not lengths:
+        return _missing("attention")
+
+    def draw(axes: Any, direction: str) -> None:
+        for i, T in enumerate(lengths):
+            base = 0.0
+            for colour, op in zip(COLOURS, OPERATIONS, strict=False):
+                times = [r.ms for r in mine if (r.T, r.op, r.direction) == (T, op, direction)]
+                if times:  # of several schedules, the fastest
+                    axes.bar(i, min(times) / T * 1e6, 0.6, bottom=base, color=colour, label=op if i == 0 else None)
+                    base += min(times) / T * 1e6
+            dense = [r.ms for r in mine if (r.T, r.op, r.direction) == (T, "dense causal", direction)]
+            if dense:
+                height, label = dense[0] / T * 1e6, "dense" if i == 0 else None
+                axes.plot([i - 0.4, i + 0.4], [height, height], color="#222222", label=label)
+        axes.set_xticks(range(len(lengths)), [f"{T // 1024}K" for T in lengths])
+        axes.set(xlabel="tokens", ylabel="ns per token", title=f"{direction}, {HEADS[0]}/{HEADS[1]} heads")
+        axes.legend(fontsize=7)
+
+    return _figure(draw)
+
+
+def _speedups(rows: list[Row]) -> str:
+    """Of `auto` over each other project, in the same run, over all shapes."""
+    best: dict[tuple[str, str], list[float]] = {}
+    key = ("T", "Hq", "Hkv", "D", "Dv", "B", "N", "selection", "direction", "dtype", "sequences", "set")
+    ours = {tuple(getattr(r, k) for k in key): r.ms for r in rows if (r.who, r.impl) == ("nsattn", "auto") and r.ok}
+    for r in rows:
+        mine = ours.get(tuple(getattr(r, k) for k in key))
+        if r.who != "nsattn" and mine and r.ok and r.op == "attend_selected":
+            best.setdefault((r.who, r.direction), []).append(r.ms / mine)
+    lines = [
+        [who, direction, str(len(x)), *(f"{v:.1f}x" for v in (min(x), _mean(x), max(x)))]
+        for (who, direction), x in sorted(best.items())
+    ]
+    head = ("beside", "direction", "shapes", "least", "mean", "most")
+    return _table((head, lines)) if lines else _missing("selected")
+
+
+def _roofline(rows: list[Row]) -> str:
+    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS]
+    if not mine:
+        return _missing("attention")
+    T = max(r.T for r in mine)
+    lines = [
+        [r.op, r.impl, r.direction, f"{r.ms:.2f}", f"{r.floor_ms:.2f}", f"{r.floor_ms / r.ms:.0%}"]
+        for r in mine if r.T == T
+    ]
+    head = ("operation", "impl", "direction", "ms", "floor, ms", "share")
+    return f"<p>{HEADS[0]}/{HEADS[1]} heads, {T} tokens.</p>" + _table((head, lines))
+
+
+def _memory(rows: list[Row]) -> str:
+    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS and r.op in ("nsa_attention", "attend_selected", "dense causal")]
+    lines = [[f"{r.who} {r.op} {r.impl}", str(r.T), r.direction, f"{r.peak_gib:.2f}"] for r in mine]
+    return _table((("", "tokens", "direction", "GiB"), lines)) if lines else _missing("attention")
+
+
+def _decoding(rows: list[Row]) -> str:
+    lines = [
+        [f"{r.sequences} x {r.T // r.sequences}", f"{r.Hq}/{r.Hkv}", f"{r.who} {r.impl}", f"{r.ms:.4f}",
+         f"{r.floor_ms:.4f}", "yes" if r.ok else "NO"]
+        for r in rows
+    ]  # fmt: skip
+    head = ("sequences x context", "heads", "what", "ms", "floor, ms", "right")
+    return _table((head, lines)) if lines else _missing("decode")
+
+
+def _models(rows: list[ModelRow]) -> str:
+    lines = [
+        [model, str(T), f"({B}, {N})", phase, f"{dense:.2f}x", f"{vanilla:.2f}x"]
+        for model, T, (B, N), phase, dense, vanilla in speedups(rows)
+    ]
+    head = ("model", "tokens", "(B, N)", "phase", "over dense", "over the vanilla schedule")
+    return _table((head, lines)) if lines else _missing("models")
+
+
+def _claims(selected: list[Row], models: list[ModelRow]) -> str:
+    """Each claim beside what this run says of their kernels and of ours."""
+    key = ("T", "Hq", "Hkv", "D", "Dv", "B", "N", "selection", "direction", "set")
+    by_who: dict[str, dict[tuple[Any, ...], float]] = {}
+    for r in selected:
+        if r.ok and r.op == "attend_selected" and (r.who != "nsattn" or r.impl == "auto"):
+            by_who.setdefault(r.who, {})[tuple(getattr(r, k) for k in key)] = r.ms
+
+    def over_vanilla(who: str) -> str:
+        vanilla, mine = by_who.get("nsa_ref", {}), by_who.get(who, {})
+        ratios = [vanilla[k] / mine[k] for k in vanilla.keys() & mine.keys()]
+        return f"up to {max(ratios):.1f}x, {_mean(ratios):.1f}x on average" if ratios else "not measured"
+
+    def phase(name: str) -> str:
+        ratios = [vanilla for *_, kind, _, vanilla in speedups(models) if kind == name]
+        return f"up to {max(ratios):.2f}x, {_mean(ratios):.2f}x on average" if ratios else "not measured"
+
+    lines = [
+        ["kernels over vanilla NSA", "up to 3.5x, 1.6x on average", over_vanilla("fsa"), over_vanilla("nsattn")],
+        ["training over vanilla NSA", "up to 1.25x, 1.09x on average", "not measured", phase("train")],
+        ["prefill over vanilla NSA", "up to 1.36x, 1.11x on average", "not measured", phase("prefill")],
+    ]
+    return _table((("claim (arXiv 2508.18224)", "the paper", "their code, here", "nsattn, here"), lines))
+
+
+def _mean(x: Sequence[float]) -> float:
+    return sum(x) / len(x)
+
+
+def _missing(name: str) -> str:
+    return f"<p>Not measured: there is no {name}.json with such rows.</p>"
+
+
+def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour: str, label: str) -> None:
+    """A line; results that failed their check are hollow points."""
+    if points:
+        x, y, ok = zip(*points, strict=True)
+        axes.plot(x, y, style, color=colour, label=label, markersize=4)
+        for wrong in (i for i, good in enumerate(ok) if not good):
+            axes.plot(x[wrong], y[wrong], style[0], color="white", markeredgecolor=colour, markersize=6)
+
+
+def _figure(draw: Callable[[Any, str], None]) -> str:
+    """Forward and backward side by side, as SVG."""
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsattn", "font.size": 9}):
+        figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        for axes, direction in zip(both, DIRECTIONS, strict=True):
+            draw(axes, direction)
+            axes.grid(alpha=0.25)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    svg = text.getvalue()
+    return f'<div class="wide">{svg[svg.index("<svg"):]}</div>'
+
+
+def _table(table: Table) -> str:
+    head, lines = table
+    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+    rows += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines]
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _page(sections: list[tuple[str, str]]) -> str:
+    body = "\n".join(f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nsattn: what was measured</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem; padding: 0 1rem; }}
+.wide {{ overflow-x: auto; }}
+.wide > svg {{ background: white; min-width: 44rem; width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; }}
+th, td {{ border: 1px solid #8886; padding: .2rem .6rem; text-align: left; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #16181d; color: #e4e4e4; }} }}
+</style></head><body>
+<h1>nsattn: what was measured</h1>
+<p>Medians of device times on a cold L2 cache. Compare inside one file: machines differ. The floor counts useful FLOPs
+and unique bytes at the rates measured on the chip.</p>
+{body}
+</body></html>
+"""
