@@ -217,7 +217,8 @@ def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> list[Tensor]:
     n = lengths.shape[1]
     sizes = [total // TILE + n for total in totals]
     cu = cumulative((lengths + TILE - 1) // TILE)
-    tile = torch.arange(max(sizes), device=lengths.device, dtype=torch.int32).repeat(len(sizes), 1)
+    # At least two values: inductor (torch 2.11, on a GPU) cannot search for one.
+    tile = torch.arange(max(2, *sizes), device=lengths.device, dtype=torch.int32).repeat(len(sizes), 1)
     seq = torch.searchsorted(cu, tile, right=True) - 1  # of all of cu: inductor cannot search a slice
     first = (tile - cu.gather(1, seq)) * TILE
     tables = torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)
