@@ -1,4 +1,4 @@
-"""Gradients of keys and values of the selected branch (Eq 11, 12), which both schedules share, and the dQ partials.
+"""Gradients of keys and values by blocks of keys, and the dQ partials: Eq 11, 12 in both schedules, Eq 8 and the window.
 
 One pass over the block lists: a program holds K and V of a block on chip, gathers the query rows of an item and
 accumulates dK and dV; on the way it can write the dQ partial of every row. A block whose list is cut into several items
@@ -28,6 +28,28 @@ from nsattn.kernels._tile import (
 )
 from nsattn.plan import Plan
 
+UNLIMITED = 1 << 30  # a window longer than any sequence
+
+
+class KeyBlocks(NamedTuple):
+    """The keys of a branch, cut into blocks, and who sees them.
+
+    Key i of a sequence ends at position e(i) = i * stride + span - 1; the query at t sees it iff t - window < e(i) <= t.
+    """
+
+    cu: Tensor  # [n + 1] first key row of each sequence
+    cu_blk: Tensor  # [n + 1] first block of each sequence
+    total_blk: int  # blocks over all sequences, an upper bound
+    size: int  # keys of a block
+    stride: int = 1
+    span: int = 1
+    window: int = UNLIMITED
+
+
+def token_blocks(plan: Plan) -> KeyBlocks:
+    """The selection blocks."""
+    return KeyBlocks(plan.cu_k, plan.cu_blk, plan.total_blk, plan.config.slc_block)
+
 
 def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
     """Rows of a tile, keys of a sub-block, warps, stages of the gradient kernel: the first that fits the chip.
@@ -56,9 +78,10 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
 
 @triton.jit(do_not_specialize=["num_heads"])
 def _gradient_kernel(
-    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, SLICES,
     sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sdk_t, sdk_h, sdv_t, sdv_h, num_heads, scale,
     D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    STRIDE: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr,
     BK: tl.constexpr, BM: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
 ):
     """dK, dV of BK keys of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12).
@@ -72,9 +95,11 @@ def _gradient_kernel(
     if count == 0:
         return
     start_q, len_q = bounds(CU_Q, i_s)
-    start_k, len_k = bounds(CU_K, i_s)
+    start_k, len_keys = bounds(CU_KEYS, i_s)
+    _, len_k = bounds(CU_K, i_s)
     o_k = block * B + i_sub * BK + tl.arange(0, BK)
-    m_k = o_k < len_k
+    m_k = o_k < len_keys
+    end = o_k * STRIDE + SPAN - 1
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
     kv_head = i_h.to(tl.int64)
     b_k = load_rows(K + kv_head * sk_h, start_k + o_k, o_d, sk_t, m_k, D)
@@ -95,7 +120,9 @@ def _gradient_kernel(
         delta = tl.load(DELTA + wide * num_heads + head)
         position = token - start_q.to(tl.int32) + len_k - len_q
         s2 = dot(b_q, tl.trans(b_k)) * (scale * LOG2E)
-        visible = (o_k[None, :] <= position[:, None]) & m_r[:, None]
+        visible = (end[None, :] <= position[:, None]) & m_r[:, None]
+        if WINDOW is not None:
+            visible &= end[None, :] > position[:, None] - WINDOW
         p = tl.where(visible, tl.exp2(s2 - lse2[:, None]), 0.0)
         dp = dot(b_do, tl.trans(b_v))
         ds = (p * (dp - delta[:, None]) * scale).to(b_q.dtype)
@@ -124,7 +151,7 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_blk", "num_seqs"])
 def _sum_slices_kernel(
-    SLICES, FIRST, DK, DV, CU_K, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
+    SLICES, FIRST, DK, DV, CU_KEYS, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
     D: tl.constexpr, DVAL: tl.constexpr, BDD: tl.constexpr, B: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
 ):
     """dK, dV of BR keys of a block whose list was cut: the sum of its slices, in order."""
@@ -136,7 +163,7 @@ def _sum_slices_kernel(
         return
     blk = i_list % num_blk
     i_s = tl.max(last_at_most(CU_BLK, num_seqs, tl.full([1], blk, tl.int32)), 0)
-    start_k, len_k = bounds(CU_K, i_s)
+    start_k, len_k = bounds(CU_KEYS, i_s)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     o_k = (blk - tl.load(CU_BLK + i_s)) * B + o_r
     o_d = tl.arange(0, BDD)
@@ -157,7 +184,7 @@ def _sum_slices_kernel(
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
+    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
 ) -> None:
     """Walk the lists once: dK, dV of every block, or slices of them where a list is cut, and dQ partials in list order.
 
@@ -168,16 +195,20 @@ def gradient(
         out_k, out_v: like k and v, views of heads of contiguous tensors; with `add`, float32 sums.
         slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
     """
-    D, Dv, B = q.shape[-1], v.shape[-1], plan.config.slc_block
+    D, Dv, B = q.shape[-1], v.shape[-1], keys.size
     BM, BK, warps, stages = gradient_tile(q, v, B)
     _gradient_kernel[(lists.items.shape[0] * (B // BK),)](
-        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k,
+        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu,
         q if dq_partials is None else dq_partials, out_k, out_v, slices,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out_k.stride()[:2], *out_v.stride()[:2],
         lse.stride(0), scale,
-        D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B, BK=BK, BM=BM,
+        D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B,
+        STRIDE=keys.stride, SPAN=keys.span, WINDOW=None if keys.window >= UNLIMITED else keys.window, BK=BK, BM=BM,
         WITH_DQ=dq_partials is not None, ADD=add, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+TakeDQ = Callable[[Chunk, BlockLists, Tensor], None]
 
 
 class Gradient(NamedTuple):
@@ -198,7 +229,7 @@ def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:
 
 
 def backward_size(
-    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, B: int, kernel: Gradient, *, workspace: int, with_dq: bool
 ) -> Size:
     """Scratch of a chunk in the backward: lists, slices of dK and dV, dQ partials, and the sums in which the chunks of
     a KV head meet. Of these, at most half of the workspace counts: else little would be left for long sequences."""
@@ -206,18 +237,18 @@ def backward_size(
 
     def size(rows: int, heads: int, group: int) -> int:
         pairs, pairs_per_item = rows * heads * N, kernel.pairs_per_item(group)
-        slices = 2 * pairs // pairs_per_item * plan.config.slc_block * width * wide
+        slices = 2 * pairs // pairs_per_item * B * width * wide
         partials = pairs * group * kernel.parts * D * q.element_size() if with_dq else 0
         whole = rows == plan.total_q and group == G
-        sums = 0 if whole else min(sums_bytes(q, v, plan), workspace // 2)
+        sums = 0 if whole else min(sums_bytes(k, v), workspace // 2)
         return slices + partials + sums + lists_bytes(plan, rows, heads, N, pairs_per_item)
 
     return size
 
 
-def sums_bytes(q: Tensor, v: Tensor, plan: Plan) -> int:
+def sums_bytes(k: Tensor, v: Tensor) -> int:
     """Float32 sums of dK and dV of one KV head."""
-    return plan.total_k * (q.shape[2] + v.shape[2]) * lse_dtype(q).itemsize
+    return k.shape[0] * (k.shape[2] + v.shape[2]) * lse_dtype(k).itemsize
 
 
 def backward_bytes(
@@ -225,26 +256,44 @@ def backward_bytes(
 ) -> int:
     """Peak scratch of the backward, delta counted."""
     Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
-    size = backward_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=with_dq)
+    size = backward_size(q, k, v, N, plan, plan.config.slc_block, kernel, workspace=workspace, with_dq=with_dq)
     pieces = list(chunks(plan, Hkv, G, size, workspace))
     largest = max((size(c.rows, c.heads, c.group) for c in pieces), default=0)
-    uncounted = max(0, sums_bytes(q, v, plan) - workspace // 2) if len(pieces) > Hkv else 0
+    uncounted = max(0, sums_bytes(k, v) - workspace // 2) if len(pieces) > Hkv else 0
     return largest + uncounted + delta_bytes(q)
 
 
 def selected_dkv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block_idx: Tensor, plan: Plan, *,
-    scale: float, workspace: int, kernel: Gradient, take_dq: Callable[[Chunk, BlockLists, Tensor], None] | None = None,
+    scale: float, workspace: int, kernel: Gradient, take_dq: TakeDQ | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of the selected branch.
+    """dk and dv of the selected branch. See `walk_keys`."""
+
+    def lists_of(chunk: Chunk) -> BlockLists:
+        return invert(block_idx, plan, chunk, pairs_per_item=kernel.pairs_per_item(chunk.group))
+
+    return walk_keys(
+        do, q, k, v, lse, delta, lists_of, block_idx.shape[-1], plan, token_blocks(plan), scale=scale,
+        workspace=workspace, kernel=kernel, take_dq=take_dq,
+    )  # fmt: skip
+
+
+def walk_keys(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists_of: Callable[[Chunk], BlockLists],
+    N: int, plan: Plan, keys: KeyBlocks, *, scale: float, workspace: int, kernel: Gradient,
+    take_dq: TakeDQ | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, chunk by chunk.
 
     Args:
+        lists_of: the block lists of a chunk.
+        N: most blocks of a query.
         take_dq: if given, called for each chunk with the dQ partials `[pairs * group * parts, D]` in list order, which
             the same pass over the lists then writes. They are valid until it returns.
     """
-    T, D, Dv, Hkv, N = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1], block_idx.shape[-1]
-    G, B, kind = q.shape[1] // Hkv, plan.config.slc_block, lse_dtype(q)
-    size = backward_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=take_dq is not None)
+    T, D, Dv, Hkv = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1]
+    G, B, kind = q.shape[1] // Hkv, keys.size, lse_dtype(q)
+    size = backward_size(q, k, v, N, plan, B, kernel, workspace=workspace, with_dq=take_dq is not None)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     lists, sums = None, ()
     for chunk in chunks(plan, Hkv, G, size, workspace):
@@ -256,20 +305,20 @@ def selected_dkv(
                 x.zero_()
         if chunk.part0 == 0:  # the query heads of a group share the lists
             del lists
-            lists = invert(block_idx, plan, chunk, pairs_per_item=kernel.pairs_per_item(chunk.group))
+            lists = lists_of(chunk)
         num_partials = chunk.rows * chunk.heads * N * chunk.group * kernel.parts
         dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device) if take_dq else None
         slices = torch.empty(lists.num_slices, B, D + Dv, dtype=kind, device=q.device)
         do_part, q_part, lse_part, delta_part = (chunk.of_queries(x, G) for x in (do, q, lse, delta))
         out_k, out_v = sums if several else out
         kernel.launch(
-            do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), lse_part, delta_part, lists, plan, scale, dq_partials,
-            out_k, out_v, slices, several,
+            do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), lse_part, delta_part, lists, plan, keys, scale,
+            dq_partials, out_k, out_v, slices, several,
         )  # fmt: skip
         BR = 16
         _sum_slices_kernel[(lists.slices.shape[0] - 1, B // BR)](
-            slices, lists.slices, out_k, out_v, plan.cu_k, plan.cu_blk, *out_k.stride()[:2], *out_v.stride()[:2],
-            plan.total_blk, plan.num_seqs,
+            slices, lists.slices, out_k, out_v, keys.cu, keys.cu_blk, *out_k.stride()[:2], *out_v.stride()[:2],
+            keys.total_blk, plan.num_seqs,
             D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=several, num_warps=4,
         )  # fmt: skip
         if take_dq and dq_partials is not None:

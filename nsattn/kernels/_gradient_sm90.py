@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from nsattn.kernels._gradient import UNLIMITED, KeyBlocks
 from nsattn.kernels._lists import BlockLists
 from nsattn.plan import Plan
 
@@ -85,9 +86,10 @@ def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_heads"])
 def _gradient_sm90_kernel(
-    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, DQP, DK, DV, SLICES,
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, SLICES,
     sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, num_heads, scale,
-    G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, WITH_DQ: gl.constexpr, ADD: gl.constexpr,
+    G: gl.constexpr, B: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+    Q_PACKED: gl.constexpr, WITH_DQ: gl.constexpr, ADD: gl.constexpr,
 ):
     """dK, dV of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12):
 
@@ -115,9 +117,10 @@ def _gradient_sm90_kernel(
         return
     i_h, i_s, block = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
     first = gl.load(p_item + 3).to(gl.int64)
-    start_k = gl.load(CU_K + i_s)
-    len_k = gl.load(CU_K + i_s + 1) - start_k
-    shift = len_k - gl.load(CU_Q + i_s + 1)  # from a query's row to its position
+    start_k = gl.load(CU_KEYS + i_s)
+    len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
+    # from a query's row to its position
+    shift = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - gl.load(CU_Q + i_s + 1)
     num_rows = count * G
     head0 = i_h * G
     P = TOKENS + first
@@ -134,7 +137,7 @@ def _gradient_sm90_kernel(
 
     o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
-    m_k = (o_k < len_k)[:, None]
+    m_k = (o_k < len_keys)[:, None]
     key = (start_k + o_k).to(gl.int64)
     kv_head = i_h.to(gl.int64)
     async_copy.async_copy_global_to_shared(k_tile, K + ((key * sk_t8 + kv_head * sk_h8) * 8)[:, None] + o_d, mask=m_k)
@@ -169,14 +172,21 @@ def _gradient_sm90_kernel(
         fence_async_shared()
         s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), _spread(lse_starts, zero_s, S_LAYOUT), is_async=True)
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), _spread(delta_starts, zero_s, S_LAYOUT), is_async=True)
-        has_future = first_token + shift < block * B + B - 1  # tokens ascend: only the first tiles of a list
+        # Tokens ascend: only the first tiles of a list hide late keys, only the last ones those that a window left.
+        hides = first_token + shift < (block * B + B - 1) * STRIDE + SPAN - 1
+        if WINDOW is not None:
+            last_token = gl.load(P + gl.minimum((i * 64 + 63) // G, count - 1))
+            hides |= last_token + shift - WINDOW >= block * B * STRIDE + SPAN - 1
         first_token = gl.load(P + gl.minimum((i * 64 + 64) // G, count - 1))
         s = warpgroup_mma_wait(1, deps=(s,))
         s = s * scale2
-        if has_future:
+        if hides:
             position = _tokens_of(P, i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT)), count, G) + shift
-            o_s = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
-            s = gl.where(o_s[:, None] <= position[None, :], s, -float("inf"))
+            end = (block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))) * STRIDE + SPAN - 1
+            visible = end[:, None] <= position[None, :]
+            if WINDOW is not None:
+                visible &= end[:, None] > position[None, :] - WINDOW
+            s = gl.where(visible, s, -float("inf"))
         p = gl.exp2(s)
         dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND), do_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -221,9 +231,9 @@ def _gradient_sm90_kernel(
         gl.store(p_slice, dk)
         gl.store(p_slice + D, dv)
     else:
-        start_k = gl.load(CU_K + i_s)
-        len_k = gl.load(CU_K + i_s + 1) - start_k
-        m_b = (block * B + o_b < len_k)[:, None]
+        start_k = gl.load(CU_KEYS + i_s)
+        len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
+        m_b = (block * B + o_b < len_keys)[:, None]
         o_out = (((start_k + block * B + o_b).to(gl.int64) * out_heads + i_h) * D)[:, None] + o_c
         if ADD:
             dk += gl.load(DK + o_out, mask=m_b, other=0.0)
@@ -234,14 +244,15 @@ def _gradient_sm90_kernel(
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
+    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
 ) -> None:
     """`_gradient.gradient` on Hopper: rows of q, k, v and do start at multiples of 16 bytes, `parts` is 1."""
-    D, B, num_heads = q.shape[2], plan.config.slc_block, lse.stride(0)
+    D, B, num_heads = q.shape[2], keys.size, lse.stride(0)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_sm90_kernel[(lists.items.shape[0],)](
-        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, dq_partials, out_k, out_v, slices,
+        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu, dq_partials, out_k, out_v, slices,
         *strides, out_k.stride(0) // D, num_heads, scale,
-        G=q.shape[1] // k.shape[1], B=B, Q_PACKED=q.stride()[:2] == (num_heads * D, D),
+        G=q.shape[1] // k.shape[1], B=B, STRIDE=keys.stride, SPAN=keys.span,
+        WINDOW=None if keys.window >= UNLIMITED else keys.window, Q_PACKED=q.stride()[:2] == (num_heads * D, D),
         WITH_DQ=dq_partials is not None, ADD=add, num_warps=B // 16,
     )  # fmt: skip

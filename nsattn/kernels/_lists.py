@@ -333,10 +333,20 @@ def invert(
         block_idx, masks, places, starts, tokens, inverse, *tables, tile0, row0, row1, head0, heads,
         block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BT=BT, num_warps=2,
     )  # fmt: skip
-    items = torch.empty(num_lists + num_pairs // pairs_per_item, 6, dtype=torch.int32, device=device)
+    return cut_lists(
+        starts, tokens, inverse, plan.cu_blk, num_blk, ranges, plan.num_seqs, num_pairs, num_lists, pairs_per_item
+    )
+
+
+def cut_lists(
+    starts: Tensor, tokens: Tensor, inverse: Tensor, cu_blk: Tensor, num_blk: int, ranges: int, num_seqs: int,
+    num_pairs: int, num_lists: int, pairs_per_item: int,
+) -> BlockLists:
+    """Pass 4. `starts`: three running sums, of the lists' lengths, items and slices."""
+    items = torch.empty(num_lists + num_pairs // pairs_per_item, 6, dtype=torch.int32, device=tokens.device)
     BI = 128
     _items_kernel[(triton.cdiv(items.shape[0], BI),)](
-        starts, plan.cu_blk, items, num_lists, items.shape[0], pairs_per_item, num_blk, ranges, plan.num_seqs, BI=BI,
+        starts, cu_blk, items, num_lists, items.shape[0], pairs_per_item, num_blk, ranges, num_seqs, BI=BI,
     )  # fmt: skip
     # A list cut into p > 1 items holds more than (p - 1) * pairs_per_item pairs, so p <= 2 * pairs / pairs_per_item.
     num_slices = 2 * num_pairs // pairs_per_item

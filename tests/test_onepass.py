@@ -1,0 +1,50 @@
+"""Backward of the dense branches in one pass, against the reference: the plain gradient kernel in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsattn import NSAConfig
+from nsattn.kernels import _onepass, reference
+from nsattn.kernels._gradient import KeyBlocks, plain_gradient
+from nsattn.plan import cumulative
+from nsattn.testing import assert_close, make_inputs
+
+CONFIG = NSAConfig(8, 4, 16, 4, 20)
+BATCHES = [((7, 0, 1, 65), None), ((130,), None), ((5, 20), (40, 20)), ((1, 1, 1), (50, 9, 1)), ((30, 8), (11, 0)),
+           ((0, 0), None)]
+
+
+@pytest.mark.parametrize("branch", ["compressed", "window"])
+@pytest.mark.parametrize(("lengths", "lengths_k"), BATCHES)
+@pytest.mark.parametrize("workspace", [1 << 30, 1 << 14])
+@pytest.mark.parametrize("B", [16, 32])
+def test_gradients(branch, lengths, lengths_k, workspace, B):
+    x = make_inputs(lengths, lengths_k=lengths_k, num_kv_heads=2, group=48 // B, head_dim=16, config=CONFIG, slack=2)
+    plan, compressed = x.plan, branch == "compressed"
+    k, v = (x.k_cmp, x.v_cmp) if compressed else (x.k_win, x.v_win)
+    operation = reference.attend_compressed if compressed else reference.attend_window
+
+    def run(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x.q, k, v)]
+        o, lse = operation(*leaves, plan, scale=x.scale)
+        generator = torch.Generator().manual_seed(0)
+        do, dlse = (torch.randn(y.shape, generator=generator).to(dtype) for y in (o, lse))
+        dlse = torch.where(lse.isfinite(), dlse, 0)
+        loss = (o * do).sum() + (torch.where(lse.isfinite(), lse, 0) * dlse).sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return o, lse, do, dlse, [torch.zeros_like(a) if g is None else g for a, g in zip(leaves, grads, strict=True)]
+
+    golden = run(torch.float64)[-1]
+    o, lse, do, dlse, low = run(torch.float32)
+    cu = plan.cu_cmp if compressed else plan.cu_k
+    cu_blk = cumulative((cu.diff() + B - 1) // B)
+    rule = {"stride": 4, "span": 8} if compressed else {"window": 20}
+    keys = KeyBlocks(cu, cu_blk, len(k) // B + len(cu) - 1, B, **rule)
+    got = _onepass.backward(
+        do, dlse, x.q, k, v, o.detach(), lse.detach(), plan, keys, scale=x.scale, workspace=workspace,
+        kernel=plain_gradient(x.q, v, B), longest=int(cu.diff().max()),
+    )
+    for name, *tensors in zip(("dq", "dk", "dv"), got, golden, low, strict=True):
+        assert_close(*tensors, name)
