@@ -114,7 +114,7 @@ def nsa_attention(
     if k_cmp is None or v_cmp is None:
         k_cmp = compress(k, plan=plan, impl=impl)
         v_cmp = compress(v, plan=plan, impl=impl)
-    o_cmp, lse_cmp = attend_compressed(q, k_cmp, v_cmp, return_lse=True, **options)
+    o_cmp, lse_cmp = attend_compressed(q, k_cmp, v_cmp, return_lse=True, workspace=workspace, **options)
     if block_idx is None:
         block_idx = select_blocks(q, k_cmp, lse_cmp, workspace=workspace, **options)
     o_slc, lse_slc = attend_selected(q, k, v, block_idx, return_lse=True, workspace=workspace, **options)
@@ -181,6 +181,7 @@ def attend_compressed(
     plan: Plan | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    workspace: int = WORKSPACE,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Eq 8: o = Softmax(scale * q K_cmp^T) V_cmp over the compressed blocks i with i*d + l - 1 <= t.
 
@@ -189,6 +190,7 @@ def attend_compressed(
         k_cmp, v_cmp: `[T // d, Hkv, D]`, `[T // d, Hkv, Dv]` or `[Bsz, blocks, Hkv, ...]`, from `compress`. For fewer
             queries than keys pass `plan`.
         return_lse: return (o, lse).
+        workspace: bytes that partial gradients of q may take in the backward. Less means more launches.
 
     Returns:
         o like q with the head dim of v_cmp; lse float32 `[T, Hq]` (or batched), natural logarithm of the sum of
@@ -208,8 +210,9 @@ def attend_compressed(
     checks.check_rows("k_cmp", _packed(k_cmp), plan.total_cmp, "compressed rows")
     impl = dispatch.resolve("attend_compressed", impl, _shape(q, k_cmp, v_cmp, plan))
     o, lse = branches.attend_compressed(
-        _packed(q), _packed(k_cmp), _packed(v_cmp), plan, scale=scale_of(q, softmax_scale), impl=impl
-    )
+        _packed(q), _packed(k_cmp), _packed(v_cmp), plan, scale=scale_of(q, softmax_scale), workspace=workspace,
+        impl=impl,
+    )  # fmt: skip
     return _result(q, o, lse, return_lse)
 
 

@@ -29,12 +29,12 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str, 
 
 
 def attend_compressed(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float, impl: str
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float, workspace: int, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Eq 8. See `nsattn.attend_compressed`."""
     if impl == "reference":
         return reference.attend_compressed(q, k_cmp, v_cmp, plan, scale=scale)
-    return _attend_compressed(_rows(q), _rows(k_cmp), _rows(v_cmp), None, *plan.pack(), scale, 0, impl)
+    return _attend_compressed(_rows(q), _rows(k_cmp), _rows(v_cmp), None, *plan.pack(), scale, workspace, impl)
 
 
 def select_blocks(
@@ -154,12 +154,13 @@ def _compress_backward(ctx, dy):
 _compress.register_autograd(_compress_backward, setup_context=_compress_setup)
 
 
-# The three attention branches share one schema; block_idx and workspace are None and 0 where a branch has none.
+# The three attention branches share one schema; only one has block_idx, and the window has no workspace.
 
 
 def _define_attention(operation: str):
     def arguments(block_idx: Tensor | None, workspace: int) -> tuple[tuple[Tensor, ...], dict[str, int]]:
-        return ((), {}) if block_idx is None else ((block_idx,), {"workspace": workspace})
+        extra = () if block_idx is None else (block_idx,)
+        return extra, {} if operation == "attend_window" else {"workspace": workspace}
 
     @torch.library.custom_op(f"nsattn::{operation}", mutates_args=())
     def forward(

@@ -89,6 +89,12 @@ TABLE: dict[str, dict[str, Cell]] = {
         "reference": _REFERENCE,
     },
     "attend_compressed": {
+        "triton_sm90": Cell(
+            "attend_compressed_triton_sm90",
+            "`triton` with a backward in one pass over the keys, for Hopper GPUs",
+            head_dims=(128,),
+            generation=9,
+        ),
         "triton": Cell("attend_compressed_triton", "online softmax over the visible compressed keys"),
         "reference": _REFERENCE,
     },
@@ -182,8 +188,8 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
     """Name of the implementation that serves `operation` for `shape`.
 
     `auto` takes the kernel whose needs hold and whose predicted time is least, see `Cost`. Tensors on a CPU get the
-    reference; so do float32 and float64 on a GPU, with a warning. `triton` means any kernel of the
-    operation.
+    reference; so do float32 and float64 on a GPU, with a warning. `triton` means the kernels for any GPU. The names of
+    a schedule of attend_selected leave the other operations their best kernel.
 
     Raises:
         ValueError: an unknown name, or a size outside the range of the kernels.
@@ -192,12 +198,11 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
     cells = TABLE[operation]
     if impl not in BRANCH_IMPLS and impl not in cells:
         raise ValueError(f"impl must be one of {', '.join(BRANCH_IMPLS)}, got {impl!r}. Use impl='auto'.")
-    if impl in SCHEDULES and impl not in cells:
-        impl = "triton"  # these name the order of attend_selected; the other operations have one kernel
     if impl in cells:
         _refuse(operation, impl, *unmet(cells[impl], shape))
         return impl
-    kernels = [name for name, cell in cells.items() if cell.is_kernel]
+    portable = impl == "triton"
+    kernels = [n for n, cell in cells.items() if cell.is_kernel and not (portable and cell.generation)]
     able = [n for n in kernels if not any(unmet(cells[n], shape))]
     # Where nothing fits, the error names the needs of a kernel for any GPU.
     able = able or [n for n in kernels if cells[n].generation is None][:1]

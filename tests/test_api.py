@@ -235,6 +235,9 @@ def test_dispatch_choices():
     with pytest.raises(ValueError, match="selection block B must be one of 64, 128, got 32"):
         dispatch.resolve("attend_selected", "kvmajor_sm90", shape(**{**hopper, "slc_block": 32}))
     assert dispatch.resolve("attend_window", "kvmajor", shape()) == "triton"
+    for impl, kernel in (("auto", "triton_sm90"), ("kvmajor", "triton_sm90"), ("triton", "triton")):
+        assert dispatch.resolve("attend_compressed", impl, shape(**hopper)) == kernel
+    assert dispatch.resolve("attend_selected", "triton", shape(**hopper)) == "kvmajor"  # kernels for any GPU
     with pytest.warns(UserWarning, match="in torch.float32 on a GPU runs the plain torch reference"):
         assert dispatch.resolve("attend_window", "auto", shape(dtype=torch.float32)) == "reference"
     assert dispatch.resolve("attend_window", "auto", shape(device="cpu")) == "reference"

@@ -28,7 +28,7 @@ def op_calls():
     """(id, op, arguments) of every custom op, on inputs that need gradients."""
     x = inputs(21, 5)
     plan, scale = x.plan.pack(), x.scale
-    lse = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, scale=scale, impl="reference")[1]
+    lse = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, scale=scale, workspace=1 << 30, impl="reference")[1]
     selection = random_selection(x.plan, 2)
     params = [leaf(p) for p in make_compression("linear", 2, DIM, DIM, TINY, dtype=DTYPE, device=DEVICE)]
     q, k, v = leaf(x.q), leaf(x.k), leaf(x.v)
@@ -37,7 +37,7 @@ def op_calls():
         (
             "attend_compressed",
             branches._attend_compressed,
-            (q, leaf(x.k_cmp), leaf(x.v_cmp), None, *plan, scale, 0, "triton"),
+            (q, leaf(x.k_cmp), leaf(x.v_cmp), None, *plan, scale, 1 << 30, "triton"),
         ),
         ("select_blocks", branches._select_blocks, (x.q, x.k_cmp, lse, *plan, scale, 1 << 30, "triton")),
         ("attend_window", branches._attend_window, (q, k, v, None, *plan, scale, 0, "triton")),

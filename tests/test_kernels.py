@@ -40,7 +40,7 @@ def test_gradcheck(operation, impl):
     x = make_inputs((3, 0, 18), num_kv_heads=1, group=2, head_dim=16, config=config, dtype=torch.float64)
     keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
     extra = (random_selection(x.plan, 1),) if operation == "attend_selected" else ()
-    options = {"scale": 0.25, "impl": impl} | ({"workspace": 1 << 20} if extra else {})
+    options = {"scale": 0.25, "impl": impl} | ({} if operation == "attend_window" else {"workspace": 1 << 20})
 
     def function(q, k, v):
         o, lse = getattr(branches, operation)(q, k, v, *extra, x.plan, **options)
@@ -77,7 +77,7 @@ def test_repeats_bit_for_bit_and_ignores_the_batch(operation, impl):
         total = plan.total_cmp if operation == "attend_compressed" else None
         leaves = [pick(x.q, rows).requires_grad_()] + [pick(t, key_rows, total).requires_grad_() for t in keys]
         extra = (pick(selection, rows),) if operation == "attend_selected" else ()
-        options = {"scale": x.scale, "impl": impl} | ({"workspace": 1 << 30} if extra else {})
+        options = {"scale": x.scale, "impl": impl} | ({} if operation == "attend_window" else {"workspace": 1 << 30})
         o, lse = getattr(branches, operation)(*leaves, *extra, plan, **options)
         do = pick(x.q * 0.5, rows)
         grads = torch.autograd.grad(o, leaves, do)
@@ -128,7 +128,7 @@ def test_padding_does_not_leak():
     for t, end in ((q, real), (k, real), (v, real), (k_cmp, real_cmp), (v_cmp, real_cmp)):
         t[end:] = float("nan")
         t.requires_grad_()
-    o_cmp, lse = branches.attend_compressed(q, k_cmp, v_cmp, x.plan, scale=x.scale, impl="triton")
+    o_cmp, lse = branches.attend_compressed(q, k_cmp, v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
     idx = branches.select_blocks(q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
     assert (idx[real:] == -1).all()
     outputs = [o_cmp, branches.attend_window(q, k, v, x.plan, scale=x.scale, impl="triton")[0]]
@@ -153,7 +153,7 @@ def test_selection_ties_go_to_the_lower_index():
     dtype = torch.bfloat16 if GPU else torch.float32
     x = make_inputs((T,), num_kv_heads=1, group=3, head_dim=dim, config=config, dtype=dtype, device=DEVICE)
     k_cmp = torch.ones_like(x.k_cmp)
-    lse = branches.attend_compressed(x.q, k_cmp, x.v_cmp, x.plan, scale=x.scale, impl="triton")[1]
+    lse = branches.attend_compressed(x.q, k_cmp, x.v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[1]
     got = branches.select_blocks(x.q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
     want = reference.select_blocks(x.q.double(), k_cmp.double(), lse.double(), x.plan, scale=x.scale)
     inner = got[-1, 0, 1:-2]  # between the first and the two local blocks: 1, 2, 3, ... but block 0's edge weighs less
@@ -166,7 +166,7 @@ def test_scratch_limit_changes_no_selection():
     config = NSAConfig(num_selected=6) if GPU else NSAConfig(8, 4, 16, 5, 7)
     dtype, dim, T = (torch.bfloat16, 64, 5000) if GPU else (torch.float32, 16, 100)
     x = make_inputs((T, 30), num_kv_heads=2, group=2, head_dim=dim, config=config, dtype=dtype, device=DEVICE)
-    lse = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, scale=x.scale, impl="triton")[1]
+    lse = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[1]
     one, many = (
         branches.select_blocks(x.q, x.k_cmp, lse, x.plan, scale=x.scale, workspace=w, impl="triton")
         for w in (1 << 30, 1 << 14)
@@ -191,7 +191,7 @@ def test_long_sequences(dtype, group):
         keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
         leaves = [t.clone().requires_grad_() for t in (x.q, *keys)]
         extra = (selection,) if operation == "attend_selected" else ()
-        options = {"workspace": 1 << 30} if extra else {}
+        options = {} if operation == "attend_window" else {"workspace": 1 << 30}
         o, lse = getattr(branches, operation)(*leaves, *extra, x.plan, scale=x.scale, impl=impl, **options)
         dq, dk, dv = torch.autograd.grad(o, leaves, do)
         results = []
@@ -213,7 +213,7 @@ def test_250_repeats(operation, impl):
     keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
     leaves = [t.requires_grad_() for t in (x.q, *keys)]
     extra = (random_selection(x.plan, 2),) if operation == "attend_selected" else ()
-    options = {"workspace": 1 << 30} if extra else {}
+    options = {} if operation == "attend_window" else {"workspace": 1 << 30}
 
     def run():
         o, lse = getattr(branches, operation)(*leaves, *extra, x.plan, scale=x.scale, impl=impl, **options)
@@ -252,7 +252,7 @@ def test_more_than_2_31_elements():
             keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
             extra = (selection,) if operation == "attend_selected" else ()
             tail_extra = (selection[-16:],) if extra else ()
-            options = {"workspace": 1 << 30} if extra else {}
+            options = {} if operation == "attend_window" else {"workspace": 1 << 30}
             got = getattr(branches, operation)(x.q, *keys, *extra, x.plan, scale=x.scale, impl=impl, **options)[0]
             golden, low = (
                 getattr(reference, operation)(

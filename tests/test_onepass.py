@@ -7,8 +7,7 @@ import torch
 
 from nsattn import NSAConfig
 from nsattn.kernels import _onepass, reference
-from nsattn.kernels._gradient import KeyBlocks, plain_gradient
-from nsattn.plan import cumulative
+from nsattn.kernels._gradient import plain_gradient
 from nsattn.testing import assert_close, make_inputs
 
 CONFIG = NSAConfig(8, 4, 16, 4, 20)
@@ -39,9 +38,7 @@ def test_gradients(branch, lengths, lengths_k, workspace, B):
     golden = run(torch.float64)[-1]
     o, lse, do, dlse, low = run(torch.float32)
     cu = plan.cu_cmp if compressed else plan.cu_k
-    cu_blk = cumulative((cu.diff() + B - 1) // B)
-    rule = {"stride": 4, "span": 8} if compressed else {"window": 20}
-    keys = KeyBlocks(cu, cu_blk, len(k) // B + len(cu) - 1, B, **rule)
+    keys = _onepass.key_blocks(cu, len(k), B, **({"stride": 4, "span": 8} if compressed else {"window": 20}))
     got = _onepass.backward(
         do, dlse, x.q, k, v, o.detach(), lse.detach(), plan, keys, scale=x.scale, workspace=workspace,
         kernel=plain_gradient(x.q, v, B), longest=int(cu.diff().max()),

@@ -50,6 +50,11 @@ class Keys(NamedTuple):
     window: int  # positions a query looks back, its own one counted
 
 
+def compressed_keys(plan: Plan) -> Keys:
+    """The keys of attend_compressed."""
+    return Keys(plan.cu_cmp, plan.cmp_tiles, plan.config.cmp_stride, plan.config.cmp_block, UNLIMITED)
+
+
 class Shape(NamedTuple):
     """Launch knobs of a kernel: rows of the tile that stays and of those that stream by, warps, stages."""
 

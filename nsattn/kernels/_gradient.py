@@ -1,4 +1,4 @@
-"""Gradients of keys and values by blocks of keys, and the dQ partials: Eq 11, 12 in both schedules, Eq 8 and the window.
+"""Gradients of keys and values by blocks of keys, and dQ partials: Eq 11, 12 in both schedules, Eq 8 and the window.
 
 One pass over the block lists: a program holds K and V of a block on chip, gathers the query rows of an item and
 accumulates dK and dV; on the way it can write the dQ partial of every row. A block whose list is cut into several items
@@ -34,7 +34,7 @@ UNLIMITED = 1 << 30  # a window longer than any sequence
 class KeyBlocks(NamedTuple):
     """The keys of a branch, cut into blocks, and who sees them.
 
-    Key i of a sequence ends at position e(i) = i * stride + span - 1; the query at t sees it iff t - window < e(i) <= t.
+    Key i of a sequence ends at e(i) = i * stride + span - 1; the query at t sees it iff t - window < e(i) <= t.
     """
 
     cu: Tensor  # [n + 1] first key row of each sequence
@@ -217,10 +217,11 @@ class Gradient(NamedTuple):
     launch: Callable[..., None]
     parts: int  # dQ partials of a row: a block may be done in parts
     fewest_pairs: int  # in an item, or all that its list has
+    rows_per_item: int = 16384
 
     def pairs_per_item(self, G: int) -> int:
-        """Long items mean few slices; beyond 4096 pairs or 16384 rows the popular blocks become the tail."""
-        return min(4096, max(self.fewest_pairs, -(-16384 // G)))
+        """Long items mean few slices; beyond 4096 pairs or `rows_per_item` the popular blocks become the tail."""
+        return min(4096, max(self.fewest_pairs, -(-self.rows_per_item // G)))
 
 
 def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:

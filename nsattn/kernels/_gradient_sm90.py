@@ -16,6 +16,7 @@ At B = 64 two programs of one warpgroup share a multiprocessor; at B = 128 one p
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -242,6 +243,12 @@ def _gradient_sm90_kernel(
         gl.store(DV + o_out, dv.to(DV.dtype.element_ty), mask=m_b)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it, with rows that start at multiples of 16 bytes, as asynchronous copies need them."""
+    rows = all(stride % 8 == 0 or size == 1 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+    return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
     keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
@@ -250,8 +257,8 @@ def gradient(
     D, B, num_heads = q.shape[2], keys.size, lse.stride(0)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_sm90_kernel[(lists.items.shape[0],)](
-        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu, dq_partials, out_k, out_v, slices,
-        *strides, out_k.stride(0) // D, num_heads, scale,
+        q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu, dq_partials, out_k, out_v,
+        slices, *strides, out_k.stride(0) // D, num_heads, scale,
         G=q.shape[1] // k.shape[1], B=B, STRIDE=keys.stride, SPAN=keys.span,
         WINDOW=None if keys.window >= UNLIMITED else keys.window, Q_PACKED=q.stride()[:2] == (num_heads * D, D),
         WITH_DQ=dq_partials is not None, ADD=add, num_warps=B // 16,

@@ -1,9 +1,9 @@
 """Backward of the dense branches, Eq 8 and section 3.3.3, in one pass over their keys.
 
-Keys are cut into blocks, and every block has the list of the queries that see it, as in the selected branch; here a list is
-a run of neighbouring tokens, so it is written down instead of inverted. One pass then gives dK, dV and the partial dQ of
-every (query, block), five products for each pair instead of the seven of two passes; *sum* adds the partials of a row in
-the order of the blocks. No float atomics.
+Keys are cut into blocks, and every block has the list of the queries that see it, as in the selected branch; here a
+list is a run of neighbouring tokens, so it is written down instead of inverted. One pass then gives dK, dV and the
+partial dQ of every (query, block), five products for each pair instead of the seven of two passes; *sum* adds the
+partials of a row in the order of the blocks. No float atomics.
 
 Partials take `blocks that a query sees * D` numbers a row, so queries are cut to fit the workspace as in `_gradient`.
 """
@@ -18,7 +18,12 @@ from torch import Tensor
 from nsattn.kernels._gradient import Gradient, KeyBlocks, walk_keys
 from nsattn.kernels._lists import BlockLists, Chunk, cut_lists, last_at_most
 from nsattn.kernels._tile import bounds, next_power_of_2, row_delta
-from nsattn.plan import Plan
+from nsattn.plan import Plan, cumulative
+
+
+def key_blocks(cu: Tensor, total: int, size: int, **rule: int) -> KeyBlocks:
+    """The packed keys of sequences that start at `cu`, cut into blocks; `rule`: stride, span, window."""
+    return KeyBlocks(cu, cumulative((cu.diff() + size - 1) // size), total // size + len(cu) - 1, size, **rule)
 
 
 def most_blocks(keys: KeyBlocks, longest: int) -> int:

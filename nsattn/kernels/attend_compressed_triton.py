@@ -1,6 +1,6 @@
 """attend_compressed, Eq 8: o_t = softmax(scale * q_t . k_i) v_i over blocks i with i * d + l - 1 <= t.
 
-The kernels are in `_dense`.
+The kernels are in `_dense`; they need no workspace.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ from nsattn.kernels import _dense
 from nsattn.plan import Plan
 
 
-def _keys(plan: Plan) -> _dense.Keys:
-    l, d = plan.config.cmp_block, plan.config.cmp_stride
-    return _dense.Keys(plan.cu_cmp, plan.cmp_tiles, stride=d, span=l, window=_dense.UNLIMITED)
-
-
 def attend_compressed(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float, workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Eq 8. See `nsattn.attend_compressed`."""
-    return _dense.forward(q, k_cmp, v_cmp, plan, _keys(plan), scale=scale)
+    return _dense.forward(q, k_cmp, v_cmp, plan, _dense.compressed_keys(plan), scale=scale)
 
 
 def attend_compressed_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, o: Tensor, lse: Tensor,
-    plan: Plan, *, scale: float,
+    plan: Plan, *, scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
-    return _dense.backward(do, dlse, q, k_cmp, v_cmp, o, lse, plan, _keys(plan), scale=scale)
+    return _dense.backward(do, dlse, q, k_cmp, v_cmp, o, lse, plan, _dense.compressed_keys(plan), scale=scale)

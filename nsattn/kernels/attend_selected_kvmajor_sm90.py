@@ -13,7 +13,6 @@ accumulators to memory without passing through shared memory.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsattn.kernels import _kvmajor
 from nsattn.kernels._gradient import Gradient
-from nsattn.kernels._gradient_sm90 import gradient
+from nsattn.kernels._gradient_sm90 import aligned, gradient
 from nsattn.kernels._kvmajor import Schedule
 from nsattn.kernels._lists import BlockLists
 from nsattn.kernels._tile import LOG2E
@@ -216,17 +215,11 @@ SCHEDULES = {
 GRADIENT = Gradient(gradient, parts=1, fewest_pairs=2048)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it, with rows that start at multiples of 16 bytes, as asynchronous copies need them."""
-    rows = all(stride % 8 == 0 or size == 1 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
-    return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
-
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor, plan: Plan, *, scale: float, workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Eq 11, 12, KV-block-major. See `nsattn.attend_selected`."""
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v = map(aligned, (q, k, v))
     schedule = SCHEDULES[plan.config.slc_block]
     return _kvmajor.forward(q, k, v, block_idx, plan, scale=scale, workspace=workspace, schedule=schedule)
 
@@ -236,7 +229,7 @@ def attend_selected_bwd(
     plan: Plan, *, scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_selected` with respect to q, k, v."""
-    do, q, k, v = map(_aligned, (do, q, k, v))
+    do, q, k, v = map(aligned, (do, q, k, v))
     return _kvmajor.backward(
         do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=GRADIENT
     )

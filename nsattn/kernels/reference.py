@@ -42,7 +42,9 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str) 
     return torch.where(real[:, None, None], y, 0)
 
 
-def attend_compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_compressed(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan, *, scale: float, workspace: int = 0
+) -> tuple[Tensor, Tensor]:
     """Eq 8: softmax attention to the compressed blocks that end at or before the query."""
     visible = _compressed_visible(plan)[:, None]
     return _attend(q, k_cmp, v_cmp, visible, plan, (plan.cu_cmp, plan.max_cmp), scale)
