@@ -135,8 +135,8 @@ def _sum_run_dq_kernel(
     last = tl.where(real & (key0 < key1), blk0 + (key1 - 1) // B, -1)
     acc = tl.zeros([BT, BD], ACC)
     for blk in range(tl.min(first, 0), tl.max(last, 0) + 1):
-        lo, _ = _run(CU_Q, CU_K, CU_KEYS, CU_BLK, tl.full([1], 0, tl.int32) + blk, row0, row1, num_seqs, window, B,
-                     STRIDE, SPAN)
+        i_blk = tl.full([1], 0, tl.int32) + blk
+        lo, _length = _run(CU_Q, CU_K, CU_KEYS, CU_BLK, i_blk, row0, row1, num_seqs, window, B, STRIDE, SPAN)
         m = (blk >= first) & (blk <= last)
         place = tl.load(STARTS + i_h * num_blk + blk) + row - lo
         for i_sub in range(SUBS):
