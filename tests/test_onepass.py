@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsattn import NSAConfig
-from nsattn.kernels import _onepass, reference
+from nsattn.kernels import _onepass_sm90, reference
 from nsattn.kernels._gradient import plain_gradient
 from nsattn.testing import assert_close, make_inputs
 
@@ -38,8 +38,8 @@ def test_gradients(branch, lengths, lengths_k, workspace, B):
     golden = run(torch.float64)[-1]
     o, lse, do, dlse, low = run(torch.float32)
     cu = plan.cu_cmp if compressed else plan.cu_k
-    keys = _onepass.key_blocks(cu, len(k), B, **({"stride": 4, "span": 8} if compressed else {"window": 20}))
-    got = _onepass.backward(
+    keys = _onepass_sm90.key_blocks(cu, len(k), B, **({"stride": 4, "span": 8} if compressed else {"window": 20}))
+    got = _onepass_sm90.backward(
         do, dlse, x.q, k, v, o.detach(), lse.detach(), plan, keys, scale=x.scale, workspace=workspace,
         kernel=plain_gradient(x.q, v, B), longest=int(cu.diff().max()),
     )

@@ -1,14 +1,15 @@
 """attend_compressed, Eq 8, with a backward in one pass over the keys for Hopper: D = Dv = 128, bf16 or fp16.
 
 The forward is that of `_dense`, as in `attend_compressed_triton`. The backward of `_dense` takes two passes, seven
-products for each pair of a query and a key; `_onepass` takes five, with the gradient kernel of the selected branch.
+products for each pair of a query and a key; that of `_onepass_sm90` takes five, with the gradient kernel of the selected
+branch.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from nsattn.kernels import _dense, _onepass
+from nsattn.kernels import _dense, _onepass_sm90
 from nsattn.kernels._gradient import Gradient
 from nsattn.kernels._gradient_sm90 import aligned, gradient
 from nsattn.plan import Plan
@@ -31,8 +32,8 @@ def attend_compressed_bwd(
     """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
     do, q, k_cmp, v_cmp = map(aligned, (do, q, k_cmp, v_cmp))
     config = plan.config
-    keys = _onepass.key_blocks(plan.cu_cmp, plan.total_cmp, BLOCK, stride=config.cmp_stride, span=config.cmp_block)
-    return _onepass.backward(
+    keys = _onepass_sm90.key_blocks(plan.cu_cmp, plan.total_cmp, BLOCK, stride=config.cmp_stride, span=config.cmp_block)
+    return _onepass_sm90.backward(
         do, dlse, q, k_cmp, v_cmp, o, lse, plan, keys, scale=scale, workspace=workspace, kernel=GRADIENT,
         longest=plan.max_cmp,
     )  # fmt: skip
