@@ -3,6 +3,8 @@ report."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -101,7 +103,17 @@ def verify(
     raise typer.Exit(0 if run(quick=quick, echo=typer.echo) else 1)
 
 
+@contextmanager
+def _bad_parameters() -> Iterator[None]:
+    """ValueErrors about what was asked for, said as those of a command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command()
+@_bad_parameters()
 def report(
     results: Annotated[Path, typer.Option(help="folder with the JSON files of nsattn bench")] = Path(
         "benchmarks/results/h200"
@@ -111,25 +123,34 @@ def report(
     """Write one self-contained page with all that was measured."""
     from nsattn.bench.report import write
 
-    try:
-        typer.echo(f"wrote {write(results, out)}")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"wrote {write(results, out)}")
+
+
+BaseOption = Annotated[
+    str, typer.Option(help="a git revision or a folder with a checkout: times that commit of ours too, case by case")
+]
 
 
 @bench.command("attention")
+@_bad_parameters()
 def bench_attention(
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,32768,65536",
     heads: Annotated[str, typer.Option(help="Hq/Hkv pairs, comma separated")] = "4/4,16/4,32/8,40/8,64/4",
     out: Annotated[str, typer.Option(help="JSON file for the results")] = "",
+    base: BaseOption = "",
 ) -> None:
     """Time every operation, forward and backward, beside dense attention."""
     from nsattn.bench import run_attention
+    from nsattn.bench.base import checkout, compare
 
-    run_attention(_lengths(lengths), [_head_counts(pair) for pair in heads.split(",")], out=out, echo=typer.echo)
+    counts = [_head_counts(pair) for pair in heads.split(",")]
+    with checkout(base) as other:
+        rows = run_attention(_lengths(lengths), counts, out=out, echo=typer.echo, base=other)
+        compare(rows, other, echo=typer.echo)
 
 
 @bench.command("selected")
+@_bad_parameters()
 def bench_selected(
     only: Annotated[
         str, typer.Option(help="sets of shapes of nsattn/bench/cases.py, comma separated; default: all")
@@ -139,30 +160,37 @@ def bench_selected(
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
     shard: Annotated[str, typer.Option(help="i/n: every n-th shape from the i-th on, counted from 0")] = "0/1",
     check: Annotated[bool, typer.Option("--check", help="check every contender, time none")] = False,
+    base: BaseOption = "",
 ) -> None:
     """Time selected attention, forward and backward, beside other projects' kernels."""
     from nsattn.bench import run_selected
+    from nsattn.bench.base import checkout, compare
 
-    try:
-        run_selected(
-            only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, echo=typer.echo
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    with checkout(base) as other:
+        rows = run_selected(
+            only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, base=other,
+            echo=typer.echo,
+        )  # fmt: skip
+        compare(rows, other, echo=typer.echo)
 
 
 @bench.command("decode")
+@_bad_parameters()
 def bench_decode(
     out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
+    base: BaseOption = "",
 ) -> None:
     """Time the attention of a decoding step beside dense attention over the same cache."""
+    from nsattn.bench.base import checkout, compare
     from nsattn.bench.decode import run
 
-    run(out=out, rounds=rounds, echo=typer.echo)
+    with checkout(base) as other:
+        compare(run(out=out, rounds=rounds, echo=typer.echo, base=other), other, echo=typer.echo)
 
 
 @bench.command("model")
+@_bad_parameters()
 def bench_model(
     models: Annotated[str, typer.Option(help="Llama-3-8B, Qwen3-14B, Qwen2.5-32B, comma separated; default: all")] = "",
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,16384,32768,65536",
@@ -172,22 +200,17 @@ def bench_model(
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    try:
-        run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
 
 
 @bench.command("plot")
+@_bad_parameters()
 def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected")]) -> None:
     """Draw time against the group and against the length, as PNG beside the results."""
     from nsattn.bench.plots import draw
 
-    try:
-        for picture in draw(results):
-            typer.echo(str(picture))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    for picture in draw(results):
+        typer.echo(str(picture))
 
 
 def _head_counts(text: str) -> tuple[int, int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+import subprocess
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nsattn
-from nsattn.bench import peers, selected, selected_summary
+from nsattn.bench import base, peers, selected, selected_summary
 from nsattn.bench.cases import (
     ALONE,
     BASE,
@@ -286,6 +287,44 @@ def test_decode_runs_without_a_gpu(tmp_path):
     assert read_rows(out) == rows
     decode.run(out=out, rounds=1, echo=said.append)
     assert len(read_rows(out)) == len(rows)
+
+
+def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):
+    """A commit of a repository and a folder with a checkout, both with a bench of their own; nothing of it is lost."""
+    package = tmp_path / "repository" / "nsattn"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        f"rows = {[asdict(row(ms=3.0)), asdict(row('torch')), asdict(row(group=2))]}\n"
+        "if sys.argv[2] != 'selected': sys.exit('no such bench')\n"
+        "Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps({'rows': rows, 'argv': sys.argv}))\n"
+    )
+    git = ["git", "-C", str(package.parent), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(base, "ROOT", package.parent)
+    said, out = [], str(tmp_path / "rows.json")
+    for revision in ("HEAD", str(package.parent)):
+        with base.checkout(revision) as other:
+            assert other is not None and (other.folder / "nsattn" / "__main__.py").is_file()
+            assert other.rows("attention", echo=said.append) == [] and "not run: no such bench" in said.pop()
+            theirs = other.rows("selected", "--rounds", "1", echo=said.append)
+        assert {(r.who, r.commit) for r in theirs} == {(f"nsattn@{other.commit}", other.commit)} and len(theirs) == 2
+        rows = [row(ms=1.5), row(direction="backward"), *theirs]
+        base.compare(rows, other, echo=said.append)
+        assert said[0].startswith(f"ms of this commit, ms of {other.who}") and len(said) == 1 + 3
+        assert said[1].endswith("1.5000 ok       3.0000 ok      2.00x") and sum("not timed" in s for s in said) == 2
+        said.clear()
+        save(merge(rows, out), out)
+        assert read_rows(out) == rows[:2] and merge([], out) == rows  # the tables of a commit are its own
+    with base.checkout("") as nothing:
+        base.compare(rows, nothing, echo=said.append)
+    assert nothing is None and not said
+    for wrong in ("nothing", "--all"):
+        with pytest.raises(ValueError, match="base must be a commit of"), base.checkout(wrong):
+            pass
 
 
 def test_models_run_without_a_gpu(tmp_path):

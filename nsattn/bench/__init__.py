@@ -6,6 +6,8 @@ decode:    the attention of one decoding step, beside dense attention over the s
 model:     training steps and prefill of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
 
+The first three time another commit of ours beside this one (`base.py`).
+
 Timing (`timing.py`): device events, a cold L2 cache, medians with the 20th and 80th percentile, and a pause before each
 measurement, because these kernels run into the power limit and drift when timed back to back.
 

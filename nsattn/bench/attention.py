@@ -13,7 +13,8 @@ from torch import Tensor
 
 import nsattn
 from nsattn import dispatch
-from nsattn.bench.timing import Row, floor_ms, interleave, peak_beyond, read_rows, save
+from nsattn.bench.base import Base
+from nsattn.bench.timing import Echo, Row, floor_ms, interleave, peak_beyond, read_rows, save
 from nsattn.environment import commit
 from nsattn.kernels import reference
 from nsattn.plan import Plan, make_plan
@@ -41,17 +42,21 @@ def run(
     heads: Sequence[tuple[int, ...]],
     *,
     out: str,
-    echo: Callable[[str], None],
+    echo: Echo,
     head_dim: int = 128,
+    base: Base | None = None,
 ) -> list[Row]:
-    """Time everything for one sequence of each length and each pair of head counts; write JSON to `out`."""
+    """Time everything for one sequence of each length and each pair of head counts; write JSON to `out`.
+
+    With `base`, that commit times each shape too.
+    """
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
-        return _run(lengths=[256], heads=[(4, 2)], head_dim=32, device="cpu", out=out, echo=echo)
-    return _run(lengths=lengths, heads=heads, head_dim=head_dim, device="cuda", out=out, echo=echo)
+        return _run([256], [(4, 2)], 32, "cpu", out=out, echo=echo, base=base)
+    return _run(lengths, heads, head_dim, "cuda", out=out, echo=echo, base=base)
 
 
-def _run(*, lengths, heads, head_dim, device, out, echo) -> list[Row]:
+def _run(lengths, heads, head_dim: int, device: str, *, out: str, echo: Echo, base: Base | None) -> list[Row]:
     rows: list[Row] = []
     for num_heads, num_kv_heads in heads:
         for T in lengths:
@@ -64,6 +69,8 @@ def _run(*, lengths, heads, head_dim, device, out, echo) -> list[Row]:
                         f"{row.ms:9.3f} ms  floor {row.floor_ms:8.3f}  {row.peak_gib:5.2f} GiB  "
                         f"{'ok' if row.ok else 'WRONG'}"
                     )
+            if base:
+                rows += base.rows("attention", "--lengths", f"{T}", "--heads", f"{num_heads}/{num_kv_heads}", echo=echo)
             if out:
                 save(rows, out)
     return rows

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import nsattn
 from nsattn import branches
-from nsattn.bench.timing import PEAK_BYTES, Row, interleave, merge, peak_beyond, save
+from nsattn.bench.base import Base
+from nsattn.bench.timing import PEAK_BYTES, Echo, Row, interleave, merge, peak_beyond, save
 from nsattn.environment import commit
 from nsattn.plan import num_compressed
 from nsattn.testing import CacheInputs, compare, make_cache
@@ -53,14 +54,18 @@ CASES = (
 TINY = (DecodeCase(4, 2, 130, 2, 16),)  # what a machine without a GPU runs, in the reference
 
 
-def run(*, out: str = "", rounds: int = 2, echo: Callable[[str], None]) -> list[Row]:
-    """Check and time all cases; rows that `out` already holds are kept unless timed again."""
+def run(*, out: str = "", rounds: int = 2, echo: Echo, base: Base | None = None) -> list[Row]:
+    """Check and time all cases, then those of `base`; rows that `out` already holds are kept unless timed again."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
     rows: list[Row] = []
     for case in CASES if device == "cuda" else TINY:
         rows += _bench(case, device, rounds, echo)
+        if out:
+            save(merge(rows, out), out)
+    if base:
+        rows += base.rows("decode", "--rounds", f"{rounds}", echo=echo)
         if out:
             save(merge(rows, out), out)
     return rows
@@ -75,7 +80,7 @@ class Contender:
     bytes: float
 
 
-def _bench(case: DecodeCase, device: str, rounds: int, echo: Callable[[str], None]) -> list[Row]:
+def _bench(case: DecodeCase, device: str, rounds: int, echo: Echo) -> list[Row]:
     echo(f"{case}:")
     contenders = []
     for make in (_ours, _dense):

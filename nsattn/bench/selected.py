@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +27,16 @@ from torch import Tensor
 import nsattn
 from nsattn import dispatch
 from nsattn.bench import peers
+from nsattn.bench.base import Base
 from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, target_ms
 from nsattn.bench.peers import Call, Problem
-from nsattn.bench.timing import Row, floor_ms, interleave, merge, peak_beyond, read_rows, save
+from nsattn.bench.timing import OURS, Echo, Row, floor_ms, interleave, merge, peak_beyond, read_rows, save
 from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
-OURS = "nsattn"
 GRAPH_TOKENS = 16384
 
-Echo = Callable[[str], None]
 Loaded = dict[peers.Peer, str]  # peers that are here, and the variant found
 
 
@@ -48,6 +48,7 @@ def run(
     rounds: int = 2,
     shard: tuple[int, int] = (0, 1),
     check_only: bool = False,
+    base: Base | None = None,
     echo: Echo,
 ) -> list[Row]:
     """Check and time cases and write them as JSON. Rows that `out` already holds are kept unless timed again.
@@ -59,6 +60,7 @@ def run(
         rounds: how often the contenders of a case are measured in turn.
         shard: (i, n) takes every n-th case from the i-th on, to split a run.
         check_only: check every contender and time none. It also fills Triton's cache, in as many processes as shards.
+        base: another commit, which times each case too.
 
     Returns:
         The new rows.
@@ -77,6 +79,8 @@ def run(
         start = time.perf_counter()
         new, notes = _bench(name, case, loaded, device, rounds=0 if check_only else rounds, echo=echo)
         rows += new
+        if base and not check_only:
+            rows += base.rows("selected", *_alone(name, case, cases), "--rounds", f"{rounds}", echo=echo)
         not_run += notes
         done.append(case)
         for note in notes:
@@ -85,6 +89,13 @@ def run(
         if out and not check_only:
             save(merge(rows, out), out, not_run=_merge_notes(not_run, done, out))
     return rows
+
+
+def _alone(name: str, case: Case, cases: Sequence[tuple[str, Case]]) -> tuple[str, ...]:
+    """Options of `nsattn bench selected` that name one case of ours, without peers from a folder."""
+    members = [other for other_name, other in cases if other_name == name]
+    only = () if name == "tiny" else ("--only", name)
+    return *only, "--shard", f"{members.index(case)}/{len(members)}", "--peers", os.devnull
 
 
 def _load(folder: Path, device: str) -> tuple[Loaded, list[dict[str, str]]]:

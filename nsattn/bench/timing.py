@@ -20,6 +20,9 @@ PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
 MOST_CALLS = 200
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
+OURS = "nsattn"
+
+Echo = Callable[[str], None]  # takes a line of output
 
 
 @dataclass
@@ -137,12 +140,12 @@ def save(rows: Iterable[Row], out: str, **more: object) -> None:
 def merge(rows: Sequence[Row], out: str) -> list[Row]:
     """The rows of file `out`, if it exists, without those that `rows` replaces, then `rows`."""
     new = {tuple(getattr(row, name) for name in KEY) for row in rows}
-    older = read_rows(out) if Path(out).exists() else []
+    older = read_rows(out, bases=True) if Path(out).exists() else []
     return [row for row in older if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a results file.
+def read_rows(path: str | Path, *, bases: bool = False) -> list[Row]:
+    """Rows of a results file, with `bases` also those of other commits of ours that `--base` timed beside this one.
 
     Raises:
         ValueError: the file is missing, damaged or of another kind.
@@ -150,6 +153,7 @@ def read_rows(path: str | Path) -> list[Row]:
     known = {field.name for field in fields(Row)}
     try:
         rows = json.loads(Path(path).read_text())["rows"]
-        return [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
+        read = [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
+        return [row for row in read if bases or not row.who.startswith(f"{OURS}@")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a results file of nsattn bench ({error}). Make it again.") from error
