@@ -134,18 +134,21 @@ BaseOption = Annotated[
 @bench.command("attention")
 @_bad_parameters()
 def bench_attention(
-    lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,32768,65536",
-    heads: Annotated[str, typer.Option(help="Hq/Hkv pairs, comma separated")] = "4/4,16/4,32/8,40/8,64/4",
-    out: Annotated[str, typer.Option(help="JSON file for the results")] = "",
+    lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated; default: 8192,32768,65536")] = "",
+    heads: Annotated[
+        str, typer.Option(help="Hq/Hkv pairs, comma separated; default: 4/4,16/4,32/8,40/8,64/4")
+    ] = "",
+    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
     base: BaseOption = "",
 ) -> None:
     """Time every operation, forward and backward, beside dense attention."""
-    from nsattn.bench import run_attention
+    from nsattn.bench.attention import HEADS, LENGTHS, run
     from nsattn.bench.base import checkout, compare
 
-    counts = [_head_counts(pair) for pair in heads.split(",")]
+    sizes = _lengths(lengths) if lengths else LENGTHS
+    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else HEADS
     with checkout(base) as other:
-        rows = run_attention(_lengths(lengths), counts, out=out, echo=typer.echo, base=other)
+        rows = run(sizes, counts, out=out, echo=typer.echo, base=other)
         compare(rows, other, echo=typer.echo)
 
 
@@ -195,12 +198,32 @@ def bench_model(
     models: Annotated[str, typer.Option(help="Llama-3-8B, Qwen3-14B, Qwen2.5-32B, comma separated; default: all")] = "",
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,16384,32768,65536",
     layers: Annotated[int, typer.Option(min=1, help="layers of a model; fewer where they do not fit")] = 2,
-    out: Annotated[str, typer.Option(help="JSON file for the results; what it already has is not timed again")] = "",
+    out: Annotated[
+        str, typer.Option(help="JSON file for the results; what it has of this commit is not timed again")
+    ] = "",
 ) -> None:
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
     run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
+
+
+@bench.command("all")
+def bench_all(
+    out: Annotated[Path, typer.Option(help="folder for results, pictures and report.html")],
+    peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
+    limit: Annotated[float | None, typer.Option(min=0, help="begin no case after so many seconds")] = None,
+    again: Annotated[bool, typer.Option("--again", help="also time what has rows of this commit")] = False,
+) -> None:
+    """Run selected, attention, decode and model, then draw. Goes on where it stopped; exits with 1 if more is left."""
+    from nsattn.bench.session import Session
+    from nsattn.bench.whole import run
+
+    session = Session(again=again, limit=limit)
+    run(out, peers=peers, session=session, echo=typer.echo)
+    for line in session.left:
+        typer.echo(f"left: {line}")
+    raise typer.Exit(1 if session.left else 0)
 
 
 @bench.command("plot")

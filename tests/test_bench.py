@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +26,10 @@ from nsattn.bench.cases import (
     target_ms,
 )
 from nsattn.bench.peers import fsa
+from nsattn.bench.session import Session
 from nsattn.bench.timing import Row, floor_ms, interleave, merge, percentiles, read_rows, save
 from nsattn.bench.truth import Truth
+from nsattn.environment import commit
 from nsattn.plan import make_plan
 
 ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
@@ -325,6 +328,60 @@ def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):
     for wrong in ("nothing", "--all"):
         with pytest.raises(ValueError, match="base must be a commit of"), base.checkout(wrong):
             pass
+
+
+def test_a_session_skips_what_this_commit_timed_and_stops_when_time_is_up():
+    def fields(group):
+        return {"Hq": 4 * group, "Hkv": 4}
+
+    rows = [row(group=1, commit=commit()), row(group=2), row(group=3, who="fsa", commit=commit())]
+    groups = (1, 2, 3)
+    session = Session()
+    assert list(session.each("x", groups, rows, fields)) == [2, 3] and not session.left
+    assert list(Session(again=True).each("x", groups, rows, fields)) == [1, 2, 3]
+    stopped = Session(limit=60)
+    for group in stopped.each("x", groups, rows, fields):
+        assert group == 2
+        stopped.end = 0
+    assert list(stopped.each("y", groups, [], fields)) == []
+    assert stopped.left == ["x: 1 of 3 cases, the next is Hq=12 Hkv=4", "y: 3 of 3 cases, the next is Hq=4 Hkv=4"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes half an hour")
+def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from nsattn.bench import whole
+
+    monkeypatch.setattr(selected, "TINY", selected.TINY[:2])
+    said, parts = [], ["selected", "attention", "decode", "model"]
+
+    def sit(**options):
+        session = Session(**options)
+        whole.run(tmp_path / "cpu", peers=tmp_path, session=session, echo=said.append)
+        return [line.split(":")[0] for line in session.left]
+
+    assert sit(limit=0) == [*parts, "pictures", "report"]  # nothing to draw yet
+    assert sit() == []
+    files = {path.name: path.read_bytes() for path in (tmp_path / "cpu").glob("*.json")}
+    assert set(files) == {"selected.json", "attention.json", "decode.json", "models.json"}
+    assert {"report.html", "selected_groups_16x3.png"} <= {path.name for path in (tmp_path / "cpu").iterdir()}
+    assert sit() == [] and files == {name: (tmp_path / "cpu" / name).read_bytes() for name in files}  # all there
+    assert sit(limit=0, again=True) == parts
+    monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
+    assert sit() == ["attention"]  # the others go on
+
+
+def test_the_readme_and_the_site_show_the_results(tmp_path, monkeypatch):
+    from nsattn.bench import whole
+
+    results = whole.SHOWN / "attention.json"
+    monkeypatch.setattr(whole, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "figures.py").write_text("open(__file__ + '.ran', 'w')")
+    readme = Path(base.ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("| 64/4 |", "| old |"))
+    whole._show(results.parent, lambda line: None)
+    assert (tmp_path / "README.md").read_text() == readme and (tmp_path / "docs" / "figures.py.ran").exists()
 
 
 def test_models_run_without_a_gpu(tmp_path):

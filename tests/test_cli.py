@@ -106,6 +106,14 @@ def test_bench_beside_another_commit(bench, tmp_path, monkeypatch):
     assert ours and len([line for line in result.output.splitlines() if line.endswith("x")]) == len(ours)
 
 
+def test_bench_all_says_what_is_left(tmp_path):
+    result = run("bench", "all", "--out", str(tmp_path), "--limit", "0")
+    assert result.exit_code == 1
+    assert [line.split(":")[1] for line in result.output.splitlines() if line.startswith("left")] == [
+        " selected", " attention", " decode", " model", " pictures", " report"
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(GPU, reason="there is a GPU here")
 def test_bench_selected_without_a_gpu_times_the_reference_and_says_so(tmp_path):
     out = tmp_path / "selected.json"

@@ -140,8 +140,12 @@ def save(rows: Iterable[Row], out: str, **more: object) -> None:
 def merge(rows: Sequence[Row], out: str) -> list[Row]:
     """The rows of file `out`, if it exists, without those that `rows` replaces, then `rows`."""
     new = {tuple(getattr(row, name) for name in KEY) for row in rows}
-    older = read_rows(out, bases=True) if Path(out).exists() else []
-    return [row for row in older if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
+    return [row for row in older_rows(out) if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
+
+
+def older_rows(out: str) -> list[Row]:
+    """All rows of file `out`, none if it does not exist yet."""
+    return read_rows(out, bases=True) if Path(out).is_file() else []
 
 
 def read_rows(path: str | Path, *, bases: bool = False) -> list[Row]:
