@@ -1,8 +1,8 @@
-"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect,
-report."""
+"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect, report."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +126,12 @@ def report(
     typer.echo(f"wrote {write(results, out)}")
 
 
+def _say(line: str) -> None:
+    """Print a line above the progress bar, if there is one: it redirects sys.stdout, which typer.echo goes around."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 BaseOption = Annotated[
     str, typer.Option(help="a git revision or a folder with a checkout: times that commit of ours too, case by case")
 ]
@@ -148,8 +154,8 @@ def bench_attention(
     sizes = _lengths(lengths) if lengths else LENGTHS
     counts = [_head_counts(pair) for pair in heads.split(",")] if heads else HEADS
     with checkout(base) as other:
-        rows = run(sizes, counts, out=out, echo=typer.echo, base=other)
-        compare(rows, other, echo=typer.echo)
+        rows = run(sizes, counts, out=out, echo=_say, base=other)
+        compare(rows, other, echo=_say)
 
 
 @bench.command("selected")
@@ -172,9 +178,9 @@ def bench_selected(
     with checkout(base) as other:
         rows = run_selected(
             only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, base=other,
-            echo=typer.echo,
+            echo=_say,
         )  # fmt: skip
-        compare(rows, other, echo=typer.echo)
+        compare(rows, other, echo=_say)
 
 
 @bench.command("decode")
@@ -189,7 +195,7 @@ def bench_decode(
     from nsattn.bench.decode import run
 
     with checkout(base) as other:
-        compare(run(out=out, rounds=rounds, echo=typer.echo, base=other), other, echo=typer.echo)
+        compare(run(out=out, rounds=rounds, echo=_say, base=other), other, echo=_say)
 
 
 @bench.command("model")
@@ -205,7 +211,7 @@ def bench_model(
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
+    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=_say)
 
 
 @bench.command("all")
@@ -220,7 +226,7 @@ def bench_all(
     from nsattn.bench.whole import run
 
     session = Session(again=again, limit=limit)
-    run(out, peers=peers, session=session, echo=typer.echo)
+    run(out, peers=peers, session=session, echo=_say)
     for line in session.left:
         typer.echo(f"left: {line}")
     raise typer.Exit(1 if session.left else 0)

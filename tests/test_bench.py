@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,6 +347,28 @@ def test_a_session_skips_what_this_commit_timed_and_stops_when_time_is_up():
         stopped.end = 0
     assert list(stopped.each("y", groups, [], fields)) == []
     assert stopped.left == ["x: 1 of 3 cases, the next is Hq=12 Hkv=4", "y: 3 of 3 cases, the next is Hq=4 Hkv=4"]
+
+
+def test_the_bar_shows_on_a_terminal_only():
+    pty = pytest.importorskip("pty")
+    code = """
+from nsattn.bench.session import Session
+from nsattn.cli import _say
+for case in Session().each("bench", range(3), [], lambda case: {}):
+    _say(f"case {case}")
+"""
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, cwd=base.ROOT, capture_output=True, text=True, check=True)
+    assert piped.stdout.split("\n") == ["case 0", "case 1", "case 2", ""]
+    terminal, end = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=base.ROOT, env=environment, stdin=end, stdout=end, stderr=end) as process:
+        assert process.wait(60) == 0
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(end)
+    os.close(terminal)
+    assert all(text in shown for text in ("case 0", "bench", "1/3", "3/3", "-:--:--", "0:00:00"))
+    assert "\x1b[2Kcase 1" in shown  # where the bar was, which is drawn again below it
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes half an hour")
