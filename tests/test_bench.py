@@ -303,7 +303,7 @@ def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):
         "import json, sys\n"
         "from pathlib import Path\n"
         f"rows = {[asdict(row(ms=3.0)), asdict(row('torch')), asdict(row(group=2))]}\n"
-        "if sys.argv[2] != 'selected': sys.exit('no such bench')\n"
+        "if sys.argv[2] != 'selected': sys.exit('│ no such bench │\\n╰───╯')\n"
         "Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps({'rows': rows, 'argv': sys.argv}))\n"
     )
     git = ["git", "-C", str(package.parent), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]

@@ -7,6 +7,7 @@ and right after each case of ours its own `nsattn bench` runs in a new process, 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,8 @@ class Base:
             environment = {**os.environ, "PYTHONPATH": path}
             done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
             if done.returncode or not out.exists():
-                said = (done.stderr or done.stdout).strip().splitlines()
-                echo(f"  {self.who} {' '.join((bench, *options))} not run: {said[-1] if said else 'it wrote nothing'}")
+                lines = re.findall(r".*\w.*", done.stderr or done.stdout) or ["it wrote nothing"]
+                echo(f"  {self.who} {' '.join((bench, *options))} not run: {lines[-1].strip(' │')}")
                 return []
             return [replace(r, who=self.who, commit=self.commit) for r in read_rows(out) if r.who == OURS]
 
