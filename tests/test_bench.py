@@ -231,6 +231,17 @@ def test_rows_are_merged_by_what_they_measure(tmp_path):
             read_rows(tmp_path / name)
 
 
+def test_a_file_holds_the_times_of_one_machine(tmp_path):
+    pytest.importorskip("transformers")
+    from nsattn.bench import attention, decode, model
+
+    out = tmp_path / "times.json"
+    out.write_text(json.dumps({"environment": {"gpu": "another"}, "rows": []}))
+    for run in (attention.run, decode.run, model.run, selected.run):
+        with pytest.raises(ValueError, match=r"out must hold times of this machine .* \(gpu: another\)"):
+            run(out=str(out), echo=lambda line: None)
+
+
 def test_percentiles_and_turns():
     assert percentiles([1.0]) == (1.0, 1.0, 1.0)
     assert percentiles([float(x) for x in range(11)]) == (5.0, 2.0, 8.0)

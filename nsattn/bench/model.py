@@ -22,7 +22,7 @@ from torch import Tensor
 
 import nsattn
 from nsattn.bench.session import Session
-from nsattn.bench.timing import Echo, interleave, peak_beyond
+from nsattn.bench.timing import Echo, interleave, one_machine, peak_beyond
 from nsattn.environment import commit, environment
 
 # Public config.json files: meta-llama/Llama-3.1-8B, Qwen/Qwen3-14B, Qwen/Qwen2.5-32B on huggingface.co.
@@ -93,7 +93,7 @@ def run(
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
         device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
-    rows = read(out) if out and Path(out).exists() else []
+    rows = one_machine(out, read(out)) if out and Path(out).exists() else []
     cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
     for case in (session or Session()).each("model", cases, rows, _fields):
         name, T, B, N = case

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
 
 Echo = Callable[[str], None]  # takes a line of output
+R = TypeVar("R")
 
 
 @dataclass
@@ -144,8 +145,25 @@ def merge(rows: Sequence[Row], out: str) -> list[Row]:
 
 
 def older_rows(out: str) -> list[Row]:
-    """All rows of file `out`, none if it does not exist yet."""
-    return read_rows(out, bases=True) if Path(out).is_file() else []
+    """All rows of file `out`, to which this machine adds its own; none if it does not exist yet.
+
+    Raises:
+        ValueError: as `read_rows`, or another kind of machine wrote it.
+    """
+    return one_machine(out, read_rows(out, bases=True)) if Path(out).is_file() else []
+
+
+def one_machine(out: str, rows: list[R]) -> list[R]:
+    """The rows of file `out`, which must come from a machine like this one: times of two do not compare.
+
+    Raises:
+        ValueError: they do not.
+    """
+    seen = json.loads(Path(out).read_text()).get("environment", {}), environment()
+    there, here = (facts.get("gpu", "unknown").split(",")[0] for facts in seen)
+    if there not in (here, "unknown"):
+        raise ValueError(f"out must hold times of this machine (gpu: {here}), got {out} (gpu: {there}). Name another.")
+    return rows
 
 
 def read_rows(path: str | Path, *, bases: bool = False) -> list[Row]:
