@@ -1,8 +1,10 @@
-"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect,
-report."""
+"""The `nsattn` command: info, why, verify, bench, train, record-selection, inspect, report."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -101,7 +103,17 @@ def verify(
     raise typer.Exit(0 if run(quick=quick, echo=typer.echo) else 1)
 
 
+@contextmanager
+def _bad_parameters() -> Iterator[None]:
+    """ValueErrors about what was asked for, said as those of a command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command()
+@_bad_parameters()
 def report(
     results: Annotated[Path, typer.Option(help="folder with the JSON files of nsattn bench")] = Path(
         "benchmarks/results/h200"
@@ -111,25 +123,43 @@ def report(
     """Write one self-contained page with all that was measured."""
     from nsattn.bench.report import write
 
-    try:
-        typer.echo(f"wrote {write(results, out)}")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"wrote {write(results, out)}")
+
+
+def _say(line: str) -> None:
+    """Print a line above the progress bar, if there is one: it redirects sys.stdout, which typer.echo goes around."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+BaseOption = Annotated[
+    str, typer.Option(help="a git revision or a folder with a checkout: times that commit of ours too, case by case")
+]
 
 
 @bench.command("attention")
+@_bad_parameters()
 def bench_attention(
-    lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,32768,65536",
-    heads: Annotated[str, typer.Option(help="Hq/Hkv pairs, comma separated")] = "4/4,16/4,32/8,40/8,64/4",
-    out: Annotated[str, typer.Option(help="JSON file for the results")] = "",
+    lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated; default: 8192,32768,65536")] = "",
+    heads: Annotated[
+        str, typer.Option(help="Hq/Hkv pairs, comma separated; default: 4/4,16/4,32/8,40/8,64/4")
+    ] = "",
+    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    base: BaseOption = "",
 ) -> None:
     """Time every operation, forward and backward, beside dense attention."""
-    from nsattn.bench import run_attention
+    from nsattn.bench.attention import HEADS, LENGTHS, run
+    from nsattn.bench.base import checkout, compare
 
-    run_attention(_lengths(lengths), [_head_counts(pair) for pair in heads.split(",")], out=out, echo=typer.echo)
+    sizes = _lengths(lengths) if lengths else LENGTHS
+    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else HEADS
+    with checkout(base) as other:
+        rows = run(sizes, counts, out=out, echo=_say, base=other)
+        compare(rows, other, echo=_say)
 
 
 @bench.command("selected")
+@_bad_parameters()
 def bench_selected(
     only: Annotated[
         str, typer.Option(help="sets of shapes of nsattn/bench/cases.py, comma separated; default: all")
@@ -139,55 +169,77 @@ def bench_selected(
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
     shard: Annotated[str, typer.Option(help="i/n: every n-th shape from the i-th on, counted from 0")] = "0/1",
     check: Annotated[bool, typer.Option("--check", help="check every contender, time none")] = False,
+    base: BaseOption = "",
 ) -> None:
     """Time selected attention, forward and backward, beside other projects' kernels."""
     from nsattn.bench import run_selected
+    from nsattn.bench.base import checkout, compare
 
-    try:
-        run_selected(
-            only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, echo=typer.echo
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    with checkout(base) as other:
+        rows = run_selected(
+            only=only, out=out, folder=peers, rounds=rounds, shard=_shard(shard), check_only=check, base=other,
+            echo=_say,
+        )  # fmt: skip
+        compare(rows, other, echo=_say)
 
 
 @bench.command("decode")
+@_bad_parameters()
 def bench_decode(
     out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
+    base: BaseOption = "",
 ) -> None:
     """Time the attention of a decoding step beside dense attention over the same cache."""
+    from nsattn.bench.base import checkout, compare
     from nsattn.bench.decode import run
 
-    run(out=out, rounds=rounds, echo=typer.echo)
+    with checkout(base) as other:
+        compare(run(out=out, rounds=rounds, echo=_say, base=other), other, echo=_say)
 
 
 @bench.command("model")
+@_bad_parameters()
 def bench_model(
     models: Annotated[str, typer.Option(help="Llama-3-8B, Qwen3-14B, Qwen2.5-32B, comma separated; default: all")] = "",
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,16384,32768,65536",
     layers: Annotated[int, typer.Option(min=1, help="layers of a model; fewer where they do not fit")] = 2,
-    out: Annotated[str, typer.Option(help="JSON file for the results; what it already has is not timed again")] = "",
+    out: Annotated[
+        str, typer.Option(help="JSON file for the results; what it has of this commit is not timed again")
+    ] = "",
 ) -> None:
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    try:
-        run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=typer.echo)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=_say)
+
+
+@bench.command("all")
+def bench_all(
+    out: Annotated[Path, typer.Option(help="folder for results, pictures and report.html")],
+    peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
+    limit: Annotated[float | None, typer.Option(min=0, help="begin no case after so many seconds")] = None,
+    again: Annotated[bool, typer.Option("--again", help="also time what has rows of this commit")] = False,
+) -> None:
+    """Run selected, attention, decode and model, then draw. Goes on where it stopped; exits with 1 if more is left."""
+    from nsattn.bench.session import Session
+    from nsattn.bench.whole import run
+
+    session = Session(again=again, limit=limit)
+    run(out, peers=peers, session=session, echo=_say)
+    for line in session.left:
+        typer.echo(f"left: {line}")
+    raise typer.Exit(1 if session.left else 0)
 
 
 @bench.command("plot")
+@_bad_parameters()
 def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected")]) -> None:
     """Draw time against the group and against the length, as PNG beside the results."""
     from nsattn.bench.plots import draw
 
-    try:
-        for picture in draw(results):
-            typer.echo(str(picture))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    for picture in draw(results):
+        typer.echo(str(picture))
 
 
 def _head_counts(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -36,12 +37,19 @@ def environment() -> dict[str, str]:
     return facts
 
 
+@functools.cache
 def commit() -> str:
-    """Commit of the checkout, `-dirty` if it has changes. Outside a checkout: NSATTN_COMMIT, which a copy may carry."""
+    """Commit of the checkout, `-dirty` if the package has changes; results that a run writes beside it do not count.
+
+    Outside a checkout: NSATTN_COMMIT, which a copy may carry.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("NSATTN_COMMIT", "unknown")

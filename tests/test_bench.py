@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nsattn
-from nsattn.bench import peers, selected, selected_summary
+from nsattn.bench import base, peers, selected, selected_summary
 from nsattn.bench.cases import (
     ALONE,
     BASE,
@@ -24,8 +28,10 @@ from nsattn.bench.cases import (
     target_ms,
 )
 from nsattn.bench.peers import fsa
+from nsattn.bench.session import Session
 from nsattn.bench.timing import Row, floor_ms, interleave, merge, percentiles, read_rows, save
 from nsattn.bench.truth import Truth
+from nsattn.environment import commit
 from nsattn.plan import make_plan
 
 ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
@@ -225,6 +231,17 @@ def test_rows_are_merged_by_what_they_measure(tmp_path):
             read_rows(tmp_path / name)
 
 
+def test_a_file_holds_the_times_of_one_machine(tmp_path):
+    pytest.importorskip("transformers")
+    from nsattn.bench import attention, decode, model
+
+    out = tmp_path / "times.json"
+    out.write_text(json.dumps({"environment": {"gpu": "another"}, "rows": []}))
+    for run in (attention.run, decode.run, model.run, selected.run):
+        with pytest.raises(ValueError, match=r"out must hold times of this machine .* \(gpu: another\)"):
+            run(out=str(out), echo=lambda line: None)
+
+
 def test_percentiles_and_turns():
     assert percentiles([1.0]) == (1.0, 1.0, 1.0)
     assert percentiles([float(x) for x in range(11)]) == (5.0, 2.0, 8.0)
@@ -286,6 +303,120 @@ def test_decode_runs_without_a_gpu(tmp_path):
     assert read_rows(out) == rows
     decode.run(out=out, rounds=1, echo=said.append)
     assert len(read_rows(out)) == len(rows)
+
+
+def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):
+    """A commit of a repository and a folder with a checkout, both with a bench of their own; nothing of it is lost."""
+    package = tmp_path / "repository" / "nsattn"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        f"rows = {[asdict(row(ms=3.0)), asdict(row('torch')), asdict(row(group=2))]}\n"
+        "if sys.argv[2] != 'selected': sys.exit('│ no such bench │\\n╰───╯')\n"
+        "Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps({'rows': rows, 'argv': sys.argv}))\n"
+    )
+    git = ["git", "-C", str(package.parent), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(base, "ROOT", package.parent)
+    said, out = [], str(tmp_path / "rows.json")
+    for revision in ("HEAD", str(package.parent)):
+        with base.checkout(revision) as other:
+            assert other is not None and (other.folder / "nsattn" / "__main__.py").is_file()
+            assert other.rows("attention", echo=said.append) == [] and "not run: no such bench" in said.pop()
+            theirs = other.rows("selected", "--rounds", "1", echo=said.append)
+        assert {(r.who, r.commit) for r in theirs} == {(f"nsattn@{other.commit}", other.commit)} and len(theirs) == 2
+        rows = [row(ms=1.5), row(direction="backward"), *theirs]
+        base.compare(rows, other, echo=said.append)
+        assert said[0].startswith(f"ms of this commit, ms of {other.who}") and len(said) == 1 + 3
+        assert said[1].endswith("1.5000 ok       3.0000 ok      2.00x") and sum("not timed" in s for s in said) == 2
+        said.clear()
+        save(merge(rows, out), out)
+        assert read_rows(out) == rows[:2] and merge([], out) == rows  # the tables of a commit are its own
+    with base.checkout("") as nothing:
+        base.compare(rows, nothing, echo=said.append)
+    assert nothing is None and not said
+    for wrong in ("nothing", "--all"):
+        with pytest.raises(ValueError, match="base must be a commit of"), base.checkout(wrong):
+            pass
+
+
+def test_a_session_skips_what_this_commit_timed_and_stops_when_time_is_up():
+    def fields(group):
+        return {"Hq": 4 * group, "Hkv": 4}
+
+    rows = [row(group=1, commit=commit()), row(group=2), row(group=3, who="fsa", commit=commit())]
+    groups = (1, 2, 3)
+    session = Session()
+    assert list(session.each("x", groups, rows, fields)) == [2, 3] and not session.left
+    assert list(Session(again=True).each("x", groups, rows, fields)) == [1, 2, 3]
+    stopped = Session(limit=60)
+    for group in stopped.each("x", groups, rows, fields):
+        assert group == 2
+        stopped.end = 0
+    assert list(stopped.each("y", groups, [], fields)) == []
+    assert stopped.left == ["x: 1 of 3 cases, the next is Hq=12 Hkv=4", "y: 3 of 3 cases, the next is Hq=4 Hkv=4"]
+
+
+def test_the_bar_shows_on_a_terminal_only():
+    pty = pytest.importorskip("pty")
+    code = """
+from nsattn.bench.session import Session
+from nsattn.cli import _say
+for case in Session().each("bench", range(3), [], lambda case: {}):
+    _say(f"case {case}")
+"""
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, cwd=base.ROOT, capture_output=True, text=True, check=True)
+    assert piped.stdout.split("\n") == ["case 0", "case 1", "case 2", ""]
+    terminal, end = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=base.ROOT, env=environment, stdin=end, stdout=end, stderr=end) as process:
+        assert process.wait(60) == 0
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(end)
+    os.close(terminal)
+    assert all(text in shown for text in ("case 0", "bench", "1/3", "3/3", "-:--:--", "0:00:00"))
+    assert "\x1b[2Kcase 1" in shown  # where the bar was, which is drawn again below it
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes half an hour")
+def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from nsattn.bench import whole
+
+    monkeypatch.setattr(selected, "TINY", selected.TINY[:2])
+    said, parts = [], ["selected", "attention", "decode", "model"]
+
+    def sit(**options):
+        session = Session(**options)
+        whole.run(tmp_path / "cpu", peers=tmp_path, session=session, echo=said.append)
+        return [line.split(":")[0] for line in session.left]
+
+    assert sit(limit=0) == [*parts, "pictures", "report"]  # nothing to draw yet
+    assert sit() == []
+    files = {path.name: path.read_bytes() for path in (tmp_path / "cpu").glob("*.json")}
+    assert set(files) == {"selected.json", "attention.json", "decode.json", "models.json"}
+    assert {"report.html", "selected_groups_16x3.png"} <= {path.name for path in (tmp_path / "cpu").iterdir()}
+    assert sit() == [] and files == {name: (tmp_path / "cpu" / name).read_bytes() for name in files}  # all there
+    assert sit(limit=0, again=True) == parts
+    monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
+    assert sit() == ["attention"]  # the others go on
+
+
+def test_the_readme_and_the_site_show_the_results(tmp_path, monkeypatch):
+    from nsattn.bench import whole
+
+    results = whole.SHOWN / "attention.json"
+    monkeypatch.setattr(whole, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "figures.py").write_text("open(__file__ + '.ran', 'w')")
+    readme = Path(base.ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("| 64/4 |", "| old |"))
+    whole._show(results.parent, lambda line: None)
+    assert (tmp_path / "README.md").read_text() == readme and (tmp_path / "docs" / "figures.py.ran").exists()
 
 
 def test_models_run_without_a_gpu(tmp_path):

@@ -50,6 +50,7 @@ def test_why_names_the_choice_and_the_reasons():
         (("bench", "attention", "--lengths", "many"), "lengths must be"),
         (("bench", "selected", "--only", "everything"), "sets are target"),
         (("bench", "selected", "--shard", "2/2"), "shard must be"),
+        (("bench", "decode", "--base", "nothing"), "base must be a commit of"),
         (("bench", "plot", "nothing.json"), "is not a results file"),
     ],
 )
@@ -89,6 +90,28 @@ def test_bench_without_a_gpu_times_the_reference_and_says_so(tmp_path):
     assert content["environment"]["gpu"] == "none" and all(row["ok"] and row["ms"] > 0 for row in rows)
     assert {"nsa_attention", "dense causal", "attend_selected"} <= {row["op"] for row in rows}
     assert {row["impl"] for row in rows if row["who"] == "nsattn"} == {"reference"}
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU here")
+@pytest.mark.parametrize("bench", ["attention", "decode", "selected"])
+def test_bench_beside_another_commit(bench, tmp_path, monkeypatch):
+    """This checkout as the other commit: each of our times stands beside one of its."""
+    from nsattn.bench import base, selected
+
+    monkeypatch.setattr(selected, "TINY", selected.TINY[-1:])  # one process less for each of the others
+    out = tmp_path / "times.json"
+    result = run("bench", bench, "--out", str(out), "--base", str(base.ROOT))
+    assert result.exit_code == 0, result.output
+    ours = [row for row in json.loads(out.read_text())["rows"] if row["who"] == "nsattn"]
+    assert ours and len([line for line in result.output.splitlines() if line.endswith("x")]) == len(ours)
+
+
+def test_bench_all_says_what_is_left(tmp_path):
+    result = run("bench", "all", "--out", str(tmp_path), "--limit", "0")
+    assert result.exit_code == 1
+    assert [line.split(":")[1] for line in result.output.splitlines() if line.startswith("left")] == [
+        " selected", " attention", " decode", " model", " pictures", " report"
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU here")

@@ -5,6 +5,9 @@ selected:  selected attention alone, over the shapes of `cases.py`, beside the p
 decode:    the attention of one decoding step, beside dense attention over the same cache.
 model:     training steps and prefill of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
+all:       all of these in one folder, in as many sittings as it takes (`whole.py`, `session.py`).
+
+The first three can time another commit of ours beside this one (`base.py`).
 
 Timing (`timing.py`): device events, a cold L2 cache, medians with the 20th and 80th percentile, and a pause before each
 measurement, because these kernels run into the power limit and drift when timed back to back.

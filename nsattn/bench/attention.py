@@ -13,13 +13,17 @@ from torch import Tensor
 
 import nsattn
 from nsattn import dispatch
-from nsattn.bench.timing import Row, floor_ms, interleave, peak_beyond, read_rows, save
+from nsattn.bench.base import Base
+from nsattn.bench.session import Session
+from nsattn.bench.timing import Echo, Row, floor_ms, interleave, merge, older_rows, peak_beyond, read_rows, save
 from nsattn.environment import commit
 from nsattn.kernels import reference
 from nsattn.plan import Plan, make_plan
 from nsattn.testing import compare, compare_selections, make_compression, random_selection
 
 CHECKED_ROWS = 64
+LENGTHS = (8192, 32768, 65536)
+HEADS = ((4, 4), (16, 4), (32, 8), (40, 8), (64, 4))  # query heads, KV heads
 
 
 @dataclass(frozen=True)
@@ -37,36 +41,50 @@ class Work:
 
 
 def run(
-    lengths: Sequence[int],
-    heads: Sequence[tuple[int, ...]],
+    lengths: Sequence[int] = LENGTHS,
+    heads: Sequence[tuple[int, int]] = HEADS,
     *,
     out: str,
-    echo: Callable[[str], None],
+    echo: Echo,
     head_dim: int = 128,
+    base: Base | None = None,
+    session: Session | None = None,
 ) -> list[Row]:
-    """Time everything for one sequence of each length and each pair of head counts; write JSON to `out`."""
+    """Time everything for one sequence of each length and each pair of head counts, and write JSON to `out`.
+
+    Args:
+        out: results file; rows that it holds are kept unless timed again. An empty text writes none.
+        base: another commit, which times each shape too.
+        session: which shapes to skip and when to stop; default: all of them are timed.
+
+    Returns:
+        The new rows.
+    """
+    device = "cuda"
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
-        return _run(lengths=[256], heads=[(4, 2)], head_dim=32, device="cpu", out=out, echo=echo)
-    return _run(lengths=lengths, heads=heads, head_dim=head_dim, device="cuda", out=out, echo=echo)
-
-
-def _run(*, lengths, heads, head_dim, device, out, echo) -> list[Row]:
+        lengths, heads, head_dim, device = [256], [(4, 2)], 32, "cpu"
+    cases = [(T, *pair, head_dim) for pair in heads for T in lengths]
     rows: list[Row] = []
-    for num_heads, num_kv_heads in heads:
-        for T in lengths:
-            for work in _works(T, num_heads, num_kv_heads, head_dim, device):
-                new = _time(work, T, num_heads, num_kv_heads, head_dim, device)
-                rows += new
-                for row in new:
-                    echo(
-                        f"{row.Hq:3}/{row.Hkv} T={row.T:6} {row.op:18} {row.impl:9} {row.direction:8} "
-                        f"{row.ms:9.3f} ms  floor {row.floor_ms:8.3f}  {row.peak_gib:5.2f} GiB  "
-                        f"{'ok' if row.ok else 'WRONG'}"
-                    )
-            if out:
-                save(rows, out)
+    for case in (session or Session(again=True)).each("attention", cases, older_rows(out), _fields):
+        for work in _works(*case, device):
+            new = _time(work, *case, device)
+            rows += new
+            for row in new:
+                echo(
+                    f"{row.Hq:3}/{row.Hkv} T={row.T:6} {row.op:18} {row.impl:9} {row.direction:8} "
+                    f"{row.ms:9.3f} ms  floor {row.floor_ms:8.3f}  {row.peak_gib:5.2f} GiB  "
+                    f"{'ok' if row.ok else 'WRONG'}"
+                )
+        if base:
+            rows += base.rows("attention", "--lengths", f"{case[0]}", "--heads", f"{case[1]}/{case[2]}", echo=echo)
+        if out:
+            save(merge(rows, out), out)
     return rows
+
+
+def _fields(case: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("T", "Hq", "Hkv", "D"), case, strict=True))
 
 
 def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,15 @@ class Case:
     @property
     def tokens(self) -> int:
         return self.length * self.sequences
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "T": self.tokens, "Hq": self.num_heads, "Hkv": self.num_kv_heads, "D": self.head_dim,
+            "Dv": self.v_head_dim, "B": self.block, "N": self.num_selected, "dtype": self.dtype,
+            "sequences": self.sequences,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"

@@ -20,7 +20,9 @@ from torch import Tensor
 
 import nsattn
 from nsattn import branches
-from nsattn.bench.timing import PEAK_BYTES, Row, interleave, merge, peak_beyond, save
+from nsattn.bench.base import Base
+from nsattn.bench.session import Session
+from nsattn.bench.timing import PEAK_BYTES, Echo, Row, interleave, merge, older_rows, peak_beyond, save
 from nsattn.environment import commit
 from nsattn.plan import num_compressed
 from nsattn.testing import CacheInputs, compare, make_cache
@@ -35,6 +37,14 @@ class DecodeCase:
     length: int = 65536
     batch: int = 8
     head_dim: int = 128
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "T": self.length * self.batch, "Hq": self.num_heads, "Hkv": self.num_kv_heads, "D": self.head_dim,
+            "Dv": self.head_dim, "sequences": self.batch,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.length}, {self.num_heads}/{self.num_kv_heads} heads"
@@ -53,14 +63,24 @@ CASES = (
 TINY = (DecodeCase(4, 2, 130, 2, 16),)  # what a machine without a GPU runs, in the reference
 
 
-def run(*, out: str = "", rounds: int = 2, echo: Callable[[str], None]) -> list[Row]:
-    """Check and time all cases; rows that `out` already holds are kept unless timed again."""
+def run(
+    *, out: str = "", rounds: int = 2, echo: Echo, base: Base | None = None, session: Session | None = None
+) -> list[Row]:
+    """Check and time all cases, or those that `session` names, then all of `base`.
+
+    Rows that `out` already holds are kept unless timed again.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
     rows: list[Row] = []
-    for case in CASES if device == "cuda" else TINY:
+    cases = CASES if device == "cuda" else TINY
+    for case in (session or Session(again=True)).each("decode", cases, older_rows(out), lambda case: case.shape):
         rows += _bench(case, device, rounds, echo)
+        if out:
+            save(merge(rows, out), out)
+    if base:
+        rows += base.rows("decode", "--rounds", f"{rounds}", echo=echo)
         if out:
             save(merge(rows, out), out)
     return rows
@@ -75,7 +95,7 @@ class Contender:
     bytes: float
 
 
-def _bench(case: DecodeCase, device: str, rounds: int, echo: Callable[[str], None]) -> list[Row]:
+def _bench(case: DecodeCase, device: str, rounds: int, echo: Echo) -> list[Row]:
     echo(f"{case}:")
     contenders = []
     for make in (_ours, _dense):
@@ -89,10 +109,9 @@ def _bench(case: DecodeCase, device: str, rounds: int, echo: Callable[[str], Non
         times = interleave([c.call for c in contenders], device, rounds)
     for c, peak, (ms, p20, p80) in zip(contenders, peaks, times, strict=True):
         row = Row(
-            who=c.who, op="decode", impl=c.impl, T=case.length * case.batch, Hq=case.num_heads, Hkv=case.num_kv_heads,
-            D=case.head_dim, Dv=case.head_dim, B=config.slc_block, N=config.num_selected, selection="own",
-            direction="forward", ms=ms, p20=p20, p80=p80, floor_ms=c.bytes / PEAK_BYTES * 1e3, peak_gib=peak, ok=c.ok,
-            commit=commit(), dtype="bfloat16" if device == "cuda" else "float32", sequences=case.batch,
+            who=c.who, op="decode", impl=c.impl, **case.shape, B=config.slc_block, N=config.num_selected,
+            selection="own", direction="forward", ms=ms, p20=p20, p80=p80, floor_ms=c.bytes / PEAK_BYTES * 1e3,
+            peak_gib=peak, ok=c.ok, commit=commit(), dtype="bfloat16" if device == "cuda" else "float32",
         )  # fmt: skip
         rows.append(row)
         echo(f"  {row.who:7} {row.impl:22} {ms:8.4f} ms ({p20:.4f} to {p80:.4f})  floor {row.floor_ms:.4f}  "

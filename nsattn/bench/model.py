@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import nsattn
-from nsattn.bench.timing import interleave, peak_beyond
+from nsattn.bench.session import Session
+from nsattn.bench.timing import Echo, interleave, one_machine, peak_beyond
 from nsattn.environment import commit, environment
 
 # Public config.json files: meta-llama/Llama-3.1-8B, Qwen/Qwen3-14B, Qwen/Qwen2.5-32B on huggingface.co.
@@ -70,13 +71,17 @@ KEY = ("who", "model", "T", "B", "N", "phase", "attention")
 
 def run(
     *, models: str = "", lengths: tuple[int, ...] = (8192, 16384, 32768, 65536), out: str = "", layers: int = 2,
-    echo: Callable[[str], None],
+    echo: Echo, session: Session | None = None,
 ) -> list[ModelRow]:
-    """Time every model, length and pair (B, N); rows that `out` already holds are kept, and not timed again.
+    """Time every model, length and pair (B, N); rows that `out` already holds are kept unless timed again.
 
     Args:
         models: comma-separated names of `MODELS`, default all.
         layers: at most so many; fewer where they do not fit.
+        session: which of them to skip and when to stop; default: those that `out` holds at this commit are skipped.
+
+    Returns:
+        The rows of the file.
 
     Raises:
         ValueError: an unknown model.
@@ -88,38 +93,39 @@ def run(
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
         device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
-    rows = read(out) if out and Path(out).exists() else []
-    for name, shape in shapes.items():
-        for T in lengths:
-            for pair, config in sizes.items():
-                done = {(r.phase, r.attention) for r in rows if (r.model, r.T, r.B, r.N) == (name, T, *pair)}
-                if done >= {(phase, kind) for phase in PHASES for kind in ATTENTION}:
-                    continue
-                for num in range(layers, 0, -1):
-                    try:
-                        new = _bench(name, shape, T, pair, config, num, device)
-                        break
-                    except torch.cuda.OutOfMemoryError:
-                        gc.collect()
-                        torch.cuda.empty_cache()
-                else:
-                    echo(f"{name} T={T}: not one layer fits")
-                    continue
-                rows = [r for r in rows if (r.model, r.T, r.B, r.N) != (name, T, *pair)] + new
-                for r in new:
-                    echo(f"{r.model:12} T={r.T:6} (B,N)=({r.B},{r.N}) {r.layers} layers {r.phase:9} {r.attention:7} "
-                         f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB")
-                if out:
-                    save(rows, out)
+    rows = one_machine(out, read(out)) if out and Path(out).exists() else []
+    cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
+    for case in (session or Session()).each("model", cases, rows, _fields):
+        name, T, B, N = case
+        for num in range(layers, 0, -1):
+            try:
+                new = _bench(case, shapes[name], sizes[B, N], num, device)
+                break
+            except torch.cuda.OutOfMemoryError:
+                gc.collect()
+                torch.cuda.empty_cache()
+        else:
+            echo(f"{name} T={T}: not one layer fits")
+            continue
+        rows = [r for r in rows if (r.model, r.T, r.B, r.N) != case] + new
+        for r in new:
+            echo(f"{r.model:12} T={r.T:6} (B,N)=({r.B},{r.N}) {r.layers} layers {r.phase:9} {r.attention:7} "
+                 f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB")
+        if out:
+            save(rows, out)
     return rows
 
 
+def _fields(case: tuple[str, int, int, int]) -> dict[str, Any]:
+    return dict(zip(("model", "T", "B", "N"), case, strict=True))
+
+
 def _bench(
-    name: str, shape: dict[str, Any], T: int, pair: tuple[int, int], config: nsattn.NSAConfig, layers: int, device: str
+    case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, layers: int, device: str
 ) -> list[ModelRow]:
     rows, calls, keys = [], [], []
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x = torch.randn(1, T, shape["hidden_size"], device=device, dtype=dtype) * 0.02
+    x = torch.randn(1, case[1], shape["hidden_size"], device=device, dtype=dtype) * 0.02
     dy = torch.randn_like(x)
     for kind in (*ATTENTION, "none"):
         model = _model(shape, layers, kind, config, device, dtype)
@@ -137,9 +143,8 @@ def _bench(
             continue
         ms = times[phase, kind][0]
         rows.append(ModelRow(
-            who="torch" if kind == "dense" else "nsattn", model=name, layers=layers, T=T, B=pair[0], N=pair[1],
-            phase=phase, attention=kind, ms=ms, attention_ms=ms - times[phase, "none"][0], peak_gib=peak,
-            commit=commit(),
+            who="torch" if kind == "dense" else "nsattn", layers=layers, **_fields(case), phase=phase, attention=kind,
+            ms=ms, attention_ms=ms - times[phase, "none"][0], peak_gib=peak, commit=commit(),
         ))  # fmt: skip
     return rows
 

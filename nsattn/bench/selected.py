@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +28,17 @@ from torch import Tensor
 import nsattn
 from nsattn import dispatch
 from nsattn.bench import peers
+from nsattn.bench.base import Base
 from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, target_ms
 from nsattn.bench.peers import Call, Problem
-from nsattn.bench.timing import Row, floor_ms, interleave, merge, peak_beyond, read_rows, save
+from nsattn.bench.session import Session
+from nsattn.bench.timing import OURS, Echo, Row, floor_ms, interleave, merge, older_rows, peak_beyond, read_rows, save
 from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
-OURS = "nsattn"
 GRAPH_TOKENS = 16384
 
-Echo = Callable[[str], None]
 Loaded = dict[peers.Peer, str]  # peers that are here, and the variant found
 
 
@@ -48,6 +50,8 @@ def run(
     rounds: int = 2,
     shard: tuple[int, int] = (0, 1),
     check_only: bool = False,
+    base: Base | None = None,
+    session: Session | None = None,
     echo: Echo,
 ) -> list[Row]:
     """Check and time cases and write them as JSON. Rows that `out` already holds are kept unless timed again.
@@ -59,6 +63,8 @@ def run(
         rounds: how often the contenders of a case are measured in turn.
         shard: (i, n) takes every n-th case from the i-th on, to split a run.
         check_only: check every contender and time none. It also fills Triton's cache, in as many processes as shards.
+        base: another commit, which times each case too.
+        session: which cases to skip and when to stop; default: all of them are timed.
 
     Returns:
         The new rows.
@@ -73,10 +79,13 @@ def run(
         echo(f"{note['who']} is not here: {note['reason']}")
     rows: list[Row] = []
     done: list[Case] = []
-    for name, case in cases[shard[0] :: shard[1]]:
+    mine = cases[shard[0] :: shard[1]]
+    for name, case in (session or Session(again=True)).each("selected", mine, older_rows(out), _fields):
         start = time.perf_counter()
         new, notes = _bench(name, case, loaded, device, rounds=0 if check_only else rounds, echo=echo)
         rows += new
+        if base and not check_only:
+            rows += base.rows("selected", *_alone(name, case, cases), "--rounds", f"{rounds}", echo=echo)
         not_run += notes
         done.append(case)
         for note in notes:
@@ -85,6 +94,18 @@ def run(
         if out and not check_only:
             save(merge(rows, out), out, not_run=_merge_notes(not_run, done, out))
     return rows
+
+
+def _fields(named: tuple[str, Case]) -> dict[str, Any]:
+    name, case = named
+    return {"set": name, "selection": case.selection, **case.shape}
+
+
+def _alone(name: str, case: Case, cases: Sequence[tuple[str, Case]]) -> tuple[str, ...]:
+    """Options of `nsattn bench selected` that name one case of ours, without peers from a folder."""
+    members = [other for other_name, other in cases if other_name == name]
+    only = () if name == "tiny" else ("--only", name)
+    return *only, "--shard", f"{members.index(case)}/{len(members)}", "--peers", os.devnull
 
 
 def _load(folder: Path, device: str) -> tuple[Loaded, list[dict[str, str]]]:
@@ -231,13 +252,6 @@ def _bench(
                 who=job.contender.who,
                 op=op,
                 impl=job.impl,
-                T=case.tokens,
-                Hq=case.num_heads,
-                Hkv=case.num_kv_heads,
-                D=case.head_dim,
-                Dv=case.v_head_dim,
-                B=case.block,
-                N=case.num_selected,
                 selection=case.selection if op == "attend_selected" else "all",
                 direction=job.direction,
                 ms=ms,
@@ -247,9 +261,8 @@ def _bench(
                 peak_gib=job.peak_gib,
                 ok=job.ok,
                 commit=commit(),
-                dtype=case.dtype,
-                sequences=case.sequences,
                 set=name,
+                **case.shape,
             )
         )
         target = target_ms(case, job.direction) if op == "attend_selected" else None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,10 @@ PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
 MOST_CALLS = 200
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
+OURS = "nsattn"
+
+Echo = Callable[[str], None]  # takes a line of output
+R = TypeVar("R")
 
 
 @dataclass
@@ -137,12 +141,33 @@ def save(rows: Iterable[Row], out: str, **more: object) -> None:
 def merge(rows: Sequence[Row], out: str) -> list[Row]:
     """The rows of file `out`, if it exists, without those that `rows` replaces, then `rows`."""
     new = {tuple(getattr(row, name) for name in KEY) for row in rows}
-    older = read_rows(out) if Path(out).exists() else []
-    return [row for row in older if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
+    return [row for row in older_rows(out) if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a results file.
+def older_rows(out: str) -> list[Row]:
+    """All rows of file `out`, to which this machine adds its own; none if it does not exist yet.
+
+    Raises:
+        ValueError: as `read_rows`, or another kind of machine wrote it.
+    """
+    return one_machine(out, read_rows(out, bases=True)) if Path(out).is_file() else []
+
+
+def one_machine(out: str, rows: list[R]) -> list[R]:
+    """The rows of file `out`, which must come from a machine like this one: times of two do not compare.
+
+    Raises:
+        ValueError: they do not.
+    """
+    seen = json.loads(Path(out).read_text()).get("environment", {}), environment()
+    there, here = (facts.get("gpu", "unknown").split(",")[0] for facts in seen)
+    if there not in (here, "unknown"):
+        raise ValueError(f"out must hold times of this machine (gpu: {here}), got {out} (gpu: {there}). Name another.")
+    return rows
+
+
+def read_rows(path: str | Path, *, bases: bool = False) -> list[Row]:
+    """Rows of a results file, with `bases` also those of other commits of ours that `--base` timed beside this one.
 
     Raises:
         ValueError: the file is missing, damaged or of another kind.
@@ -150,6 +175,7 @@ def read_rows(path: str | Path) -> list[Row]:
     known = {field.name for field in fields(Row)}
     try:
         rows = json.loads(Path(path).read_text())["rows"]
-        return [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
+        read = [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
+        return [row for row in read if bases or not row.who.startswith(f"{OURS}@")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a results file of nsattn bench ({error}). Make it again.") from error

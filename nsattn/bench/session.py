@@ -1,0 +1,60 @@
+"""One sitting of `nsattn bench`: which cases are timed now, how far it is, and what is left for the next."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nsattn.bench.timing import OURS
+from nsattn.environment import commit
+
+T = TypeVar("T")
+
+
+class Timed(Protocol):
+    """A row of a results file."""
+
+    who: str
+    commit: str
+
+
+class Session:
+    """Goes through the cases of benches.
+
+    Args:
+        again: time every case; otherwise those that have no row of ours at this commit.
+        limit: seconds after which no further case is begun; None is no limit.
+    """
+
+    def __init__(self, *, again: bool = False, limit: float | None = None) -> None:
+        self.again = again
+        self.end = time.monotonic() + (math.inf if limit is None else limit)
+        self.left: list[str] = []  # a line for each bench that was not finished
+
+    def each(
+        self, bench: str, cases: Sequence[T], rows: Sequence[Timed], fields: Callable[[T], Mapping[str, object]]
+    ) -> Iterator[T]:
+        """The cases to time now. `fields(case)` is what a row of the case holds, `rows` are those that there are."""
+        done = [] if self.again else [vars(row) for row in rows if (row.who, row.commit) == (OURS, commit())]
+        todo = [case for case in cases if not any(fields(case).items() <= row.items() for row in done)]
+        with _bar() as bar:
+            task = bar.add_task(bench, total=len(cases), completed=len(cases) - len(todo))
+            for i, case in enumerate(todo):
+                if time.monotonic() >= self.end:
+                    text = " ".join(f"{name}={value}" for name, value in fields(case).items())
+                    self.left.append(f"{bench}: {len(todo) - i} of {len(cases)} cases, the next is {text}")
+                    return
+                yield case
+                bar.update(task, advance=1, refresh=True)
+
+
+def _bar() -> Progress:
+    """Cases done and the time left, on a terminal only. Drawn between cases: a thread that draws disturbs times."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    disable = not sys.stdout.isatty()
+    return Progress(*columns, auto_refresh=False, speed_estimate_period=math.inf, transient=True, disable=disable)
