@@ -41,8 +41,10 @@ def environment() -> dict[str, str]:
 def commit() -> str:
     """Commit of the checkout, `-dirty` if the package has changes; results that a run writes beside it do not count.
 
-    Outside a checkout: NSATTN_COMMIT, which a copy may carry.
+    NSATTN_COMMIT, if set, wins: who copies a tree elsewhere knows better than a .git beside it.
     """
+    if "NSATTN_COMMIT" in os.environ:
+        return os.environ["NSATTN_COMMIT"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -52,4 +54,4 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
         return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("NSATTN_COMMIT", "unknown")
+        return "unknown"

@@ -15,6 +15,7 @@ import pytest
 import nsattn
 from nsattn import cli, dispatch
 from nsattn.bench import summary
+from nsattn.bench.timing import read_rows
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nsattn"
@@ -151,6 +152,18 @@ def test_readme_times_come_from_the_results():
     text = (ROOT / "README.md").read_text()
     match = re.search(r"<!-- times -->\n(.*?)\n<!-- end -->.*?\]\((benchmarks/results/[^)]+\.json)\)", text, re.S)
     assert match and match.group(1) == summary(ROOT / match.group(2))
+
+
+def test_readme_decoding_times_come_from_the_results():
+    ours, dense, ratio = re.search(
+        r"CUDA graph: ([\d.]+) ms with `nsa_decode`,\n([\d.]+) ms dense \(cuDNN\), ([\d.]+) times",
+        (ROOT / "README.md").read_text(),
+    ).groups()  # type: ignore[union-attr]
+    case = [r for r in read_rows(ROOT / "benchmarks/results/h200/decode.json")
+            if (r.T, r.sequences, r.Hq, r.Hkv) == (8 * 65536, 8, 32, 8)]
+    ms = {r.impl: r.ms for r in case}
+    assert ours == f"{ms['triton graph']:.3f}" and dense == f"{ms['dense cudnn graph']:.3f}"
+    assert ratio == f"{ms['dense cudnn graph'] / ms['triton graph']:.1f}"
 
 
 def test_relative_links_exist():
