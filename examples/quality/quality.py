@@ -11,6 +11,7 @@ The output folder gets `quality.json`, `quality.md` and `quality.png`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -162,10 +163,9 @@ def summarize(results: dict[str, dict[str, Any]], baselines: dict[str, float], f
         )
     lines.append("")
     sparse = [(name, r) for name, r in results.items() if r["attention"] == "nsa"]
-    if len(sparse) == 2:
-        (a, one), (b, two) = sparse
+    for (a, one), (b, two) in itertools.combinations(sparse, 2):
         gap = np.abs(np.array(one["curve"])[:, 1] / np.array(two["curve"])[:, 1] - 1)
-        lines.append(f"Training loss, {a} against {b}: {gap.mean():.2%} apart on average, {gap.max():.2%} at most.")
+        lines.append(f"Training loss, {a} against {b}: {gap.mean():.2%} apart on average, {gap.max():.2%} at most.  ")
     lines.append(", ".join(f"{name} {value:.3f}" for name, value in baselines.items()) + " bits per byte.")
     table = "\n".join(lines) + "\n"
     (folder / "quality.json").write_text(json.dumps({"baselines": baselines, "runs": results}) + "\n")
