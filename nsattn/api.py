@@ -190,7 +190,9 @@ def attend_compressed(
         k_cmp, v_cmp: `[T // d, Hkv, D]`, `[T // d, Hkv, Dv]` or `[Bsz, blocks, Hkv, ...]`, from `compress`. For fewer
             queries than keys pass `plan`.
         return_lse: return (o, lse).
-        workspace: bytes that partial gradients of q may take in the backward. Less means more launches.
+        workspace: bytes that partial gradients of q may take in the backward, where they are needed (`triton_sm90`).
+            Less means more launches. Where one KV head does not fit, the last bits of dk and dv depend on the total
+            length.
 
     Returns:
         o like q with the head dim of v_cmp; lse float32 `[T, Hq]` (or batched), natural logarithm of the sum of
