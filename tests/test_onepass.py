@@ -11,14 +11,14 @@ from nsattn.kernels._gradient import plain_gradient
 from nsattn.testing import assert_close, make_inputs
 
 CONFIG = NSAConfig(8, 4, 16, 4, 20)
-BATCHES = [((7, 0, 1, 65), None), ((130,), None), ((5, 20), (40, 20)), ((1, 1, 1), (50, 9, 1)), ((30, 8), (11, 0)),
-           ((0, 0), None)]
+BATCHES = [((7, 0, 1, 65), None), ((5, 20), (40, 20)), ((30, 8), (11, 0)), ((0, 0), None)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; test_kernels runs the kernels on a GPU")
-@pytest.mark.parametrize("branch", ["compressed", "window"])
 @pytest.mark.parametrize(("lengths", "lengths_k"), BATCHES)
-@pytest.mark.parametrize(("workspace", "B"), [(1 << 30, 32), (1 << 14, 16)])
+@pytest.mark.parametrize(
+    ("branch", "workspace", "B"), [("compressed", 1 << 30, 32), ("compressed", 1 << 14, 16), ("window", 1 << 14, 32)]
+)
 def test_gradients(branch, lengths, lengths_k, workspace, B):
     x = make_inputs(lengths, lengths_k=lengths_k, num_kv_heads=2, group=48 // B, head_dim=16, config=CONFIG, slack=2)
     plan, compressed = x.plan, branch == "compressed"
