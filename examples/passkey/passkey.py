@@ -130,7 +130,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def train(config: dict[str, Any], corpus: Corpus, folder: Path, deadline: float) -> tuple[Any, dict[str, Any]]:
-    """Train from the start or the last checkpoint until the last step or the deadline; a checkpoint exists then.
+    """Train from the start or the last checkpoint until the last step or the deadline, and save a checkpoint.
 
     Returns the model and what belongs to the run: its settings, finished steps, seconds and log.
     """
@@ -162,7 +162,7 @@ def train(config: dict[str, Any], corpus: Corpus, folder: Path, deadline: float)
 
     steps = sum(stage["steps"] for stage in data["stages"])
     weights = torch.tensor([1.0, 0.0, data["answer_weight"]], device=device)  # by kind; who could know a stated digit?
-    began, before = time.perf_counter(), state["seconds"]
+    began, before, done = time.perf_counter(), state["seconds"], state["step"]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("train", total=steps, completed=state["step"])
@@ -190,7 +190,8 @@ def train(config: dict[str, Any], corpus: Corpus, folder: Path, deadline: float)
                 )
             if (step + 1) % training["save_steps"] == 0:
                 save()
-    save()
+    if state["step"] > done:
+        save()
     return model, state
 
 
