@@ -19,7 +19,7 @@ FOLDER = ROOT / "examples" / "passkey"
 sys.path.insert(0, str(FOLDER))
 passkey = importlib.import_module("passkey")
 
-STAGES = "[{steps: 3, lengths: [256], keys: 2}, {steps: 3, lengths: [128, 256], keys: 1}]"
+STAGES = "[{steps: 3, lengths: [256], keys: 2, digits: 5}, {steps: 3, lengths: [128, 256], keys: 1, digits: 8}]"
 SHORT = ("data.tokens=256", f"data.stages={STAGES}", "evaluation.lengths=[128]", "evaluation.depths=3",
          "evaluation.samples=2", "training.logging_steps=1", "training.save_steps=2")  # fmt: skip
 
@@ -39,7 +39,7 @@ def corpus():
 
 def test_a_window_is_text_with_statements_and_ends_with_their_questions():
     text = b"".join(b"%04d" % i for i in range(250))
-    ids, kinds = passkey.window(text, 400, [("", 12345), ("maple", 77)], [0.5, 0.25], [1, 0])
+    ids, kinds = passkey.window(text, 400, [("", "12345"), ("maple", "00077")], [0.5, 0.25], [1, 0])
     whole = text_of(ids)
     first, second = "\nThe pass key of maple is 00077. Remember it.\n", "\nThe pass key is 12345. Remember it.\n"
     asked = ("\nWhat is the pass key of maple? The pass key of maple is 00077."
@@ -51,7 +51,7 @@ def test_a_window_is_text_with_statements_and_ends_with_their_questions():
     assert text_of(ids[kinds == passkey.STATED]) == "0007712345" == text_of(ids[kinds == passkey.ASKED])
     assert kinds.shape == ids.shape == (400,)
     with pytest.raises(ValueError, match="2 keys do not fit into 150 bytes"):
-        passkey.window(text, 150, [("", 1), ("oak", 2)], [0, 1], [0, 1])
+        passkey.window(text, 150, [("", "12345"), ("oak", "23456")], [0, 1], [0, 1])
 
 
 @pytest.mark.parametrize("name", ["tiny.yaml", "small.yaml"])
@@ -66,9 +66,10 @@ def test_steps_hold_the_same_bytes_and_repeat_from_the_seed(corpus, name):
         assert ids.numel() == settings["data"]["tokens"] and ids.shape[1] in stage["lengths"]
         for row, kind in zip(ids, kinds, strict=True):
             stated, asked = (text_of(row[kind == which]) for which in (passkey.STATED, passkey.ASKED))
-            five = [{digits[i : i + 5] for i in range(0, len(digits), 5)} for digits in (stated, asked)]
-            assert five[0] == five[1] and len(stated) == len(asked) == 5 * stage["keys"]
-            assert {int(key) for key in five[0]} <= set(passkey.TRAINING_KEYS.tolist())
+            n = stage["digits"]
+            keys = [{digits[i : i + n] for i in range(0, len(digits), n)} for digits in (stated, asked)]
+            assert keys[0] == keys[1] and len(stated) == len(asked) == n * stage["keys"]
+            assert n != passkey.DIGITS or keys[0] <= set(passkey.TRAINING_KEYS.tolist())
             assert text_of(row).count("\nWhat is the pass key? The pass key is ") == 1
             assert text_of(row).endswith(".")
         before += stage["steps"]
@@ -93,7 +94,7 @@ def test_the_test_asks_for_new_keys_in_held_out_text(corpus):
             statement = f"\nThe pass key is {key}. Remember it.\n"
             before, _, after = text_of(row).partition(statement)
             text, _, rest = after.rpartition("\nWhat is the pass key?")
-            assert int(key) in passkey.TEST_KEYS and rest == f" The pass key is {key}."
+            assert key in passkey.TEST_KEYS and rest == f" The pass key is {key}."
             assert before + text in held_out and len(before) == round(depth * len(before + text))
 
 
@@ -151,7 +152,7 @@ def test_a_stopped_command_goes_on_and_ends_like_one_without_a_stop(tmp_path, ca
 
 
 def test_full_attention_beside_it(tmp_path):
-    stages = "data.stages=[{steps: 12, lengths: [256], keys: 2}]"
+    stages = "data.stages=[{steps: 12, lengths: [256], keys: 2, digits: 5}]"
     result = passkey.main(
         [str(FOLDER / "tiny.yaml"), f"training.output_dir={tmp_path}", *SHORT, stages, "attention=full"]
     )

@@ -36,8 +36,8 @@ from nsattn.train.data import Corpus, bits, load_corpus
 STATEMENT = "\nThe pass key{of} is {key}. Remember it.\n"
 QUESTION = "\nWhat is the pass key{of}? The pass key{of} is {key}."
 DIGITS = 5
-KEYS = np.random.default_rng(0).permutation(10**DIGITS)
-TRAINING_KEYS, TEST_KEYS = KEYS[: 10**DIGITS * 9 // 10], KEYS[10**DIGITS * 9 // 10 :]
+KEYS = np.array([f"{key:0{DIGITS}d}" for key in np.random.default_rng(0).permutation(10**DIGITS)])
+TRAINING_KEYS, TEST_KEYS = np.split(KEYS, [10**DIGITS * 9 // 10])
 NAMES = (
     "amber anchor apple basin beacon birch candle canyon cedar cherry clover copper coral cotton ember falcon fern "
     "forest garden ginger glacier granite harbor hazel island ivory jasmine juniper lagoon lantern lemon linden maple "
@@ -48,14 +48,14 @@ TEXT, STATED, ASKED = 0, 1, 2  # what a byte is: text or words; a digit of a sta
 
 
 def window(
-    text: bytes, length: int, keys: Sequence[tuple[str, int]], depths: Sequence[float], order: Sequence[int]
+    text: bytes, length: int, keys: Sequence[tuple[str, str]], depths: Sequence[float], order: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """A window and the kind of each of its bytes, uint8 `[length]` both.
 
     Args:
         text: at least `length` bytes, of which the first are taken.
         length: bytes of the window, statements and questions counted.
-        keys: name ("" for none) and number of every key.
+        keys: name ("" for none) and digits of every key.
         depths: where their statements stand, from 0, the start of the text, to 1, its end.
         order: that of the questions.
     """
@@ -75,12 +75,11 @@ def window(
     return ids, kinds
 
 
-def _sentence(form: str, of: str, key: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
+def _sentence(form: str, of: str, key: str, kind: int) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of a statement or a question and their kinds; that of its digits is `kind`."""
-    digits = f"{key:0{DIGITS}d}"
-    sentence = form.format(of=of, key=digits)
+    sentence = form.format(of=of, key=key)
     kinds = np.full(len(sentence), TEXT, np.uint8)
-    kinds[sentence.index(digits) :][:DIGITS] = kind
+    kinds[sentence.index(key) :][: len(key)] = kind
     return np.frombuffer(sentence.encode(), np.uint8), kinds
 
 
@@ -97,9 +96,15 @@ def batch(config: dict[str, Any], corpus: Corpus, step: int) -> tuple[Tensor, Te
     windows = []
     for text in texts:
         names = ["", *rng.choice(NAMES, stage["keys"] - 1, replace=False)]
-        keys = list(zip(names, rng.choice(TRAINING_KEYS, len(names)).tolist(), strict=True))
+        keys = list(zip(names, _keys(rng, len(names), stage["digits"]), strict=True))
         windows.append(window(text.numpy().tobytes(), length, keys, rng.random(len(keys)), rng.permutation(len(keys))))
     return _stack(windows)
+
+
+def _keys(rng: np.random.Generator, count: int, digits: int) -> list[str]:
+    if digits == DIGITS:
+        return rng.choice(TRAINING_KEYS, count).tolist()
+    return ["".join(map(str, row)) for row in rng.integers(0, 10, (count, digits))]
 
 
 def stage_of(stages: list[dict[str, Any]], step: int) -> dict[str, Any]:
@@ -197,10 +202,12 @@ def train(config: dict[str, Any], corpus: Corpus, folder: Path, deadline: float)
 
 def measures(losses: Tensor, right: Tensor, kinds: Tensor) -> dict[str, float]:
     """Bits per byte of the text, and the share of digits and of keys in the answers that are right."""
-    answers = right[kinds == ASKED].float().view(-1, DIGITS)
+    digits = right[kinds == ASKED].float()
+    begins = (kinds == ASKED) & (kinds.roll(1, 1) != ASKED)
+    answers = digits.view(int(begins.sum()), -1)
     return {
-        "text": bits(losses[kinds == TEXT].mean().item()), "digits": answers.mean().item(),
-        "keys": answers.all(1).float().mean().item() if len(answers) else 0.0,
+        "text": bits(losses[kinds == TEXT].mean().item()), "digits": digits.mean().item(),
+        "keys": answers.all(1).float().mean().item(),
     }  # fmt: skip
 
 
@@ -209,10 +216,10 @@ def test_windows(corpus: Corpus, length: int, depth: float, samples: int, seed: 
     rng = np.random.default_rng((seed, length, round(1000 * depth)))
     windows = []
     for begin, key in zip(
-        rng.integers(0, len(corpus.held_out) - length + 1, samples), rng.choice(TEST_KEYS, samples), strict=True
+        rng.integers(0, len(corpus.held_out) - length + 1, samples), rng.choice(TEST_KEYS, samples).tolist(), strict=True
     ):
         text = corpus.held_out[begin : begin + length].numpy().tobytes()
-        windows.append(window(text, length, [("", int(key))], [depth], [0]))
+        windows.append(window(text, length, [("", key)], [depth], [0]))
     return _stack(windows)
 
 
