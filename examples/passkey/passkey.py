@@ -214,10 +214,9 @@ def measures(losses: Tensor, right: Tensor, kinds: Tensor) -> dict[str, float]:
 def test_windows(corpus: Corpus, length: int, depth: float, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Held-out text with one key that training never had, at one depth."""
     rng = np.random.default_rng((seed, length, round(1000 * depth)))
+    begins = rng.integers(0, len(corpus.held_out) - length + 1, samples)
     windows = []
-    for begin, key in zip(
-        rng.integers(0, len(corpus.held_out) - length + 1, samples), rng.choice(TEST_KEYS, samples).tolist(), strict=True
-    ):
+    for begin, key in zip(begins, rng.choice(TEST_KEYS, samples).tolist(), strict=True):
         text = corpus.held_out[begin : begin + length].numpy().tobytes()
         windows.append(window(text, length, [("", key)], [depth], [0]))
     return _stack(windows)
