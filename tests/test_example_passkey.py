@@ -19,7 +19,7 @@ FOLDER = ROOT / "examples" / "passkey"
 sys.path.insert(0, str(FOLDER))
 passkey = importlib.import_module("passkey")
 
-STAGES = "[{steps: 3, lengths: [256], keys: 2, digits: 5}, {steps: 3, lengths: [128, 256], keys: 1, digits: 8}]"
+STAGES = "[{steps: 3, lengths: [256], keys: 2}, {steps: 3, lengths: [128, 256], keys: 1}]"
 SHORT = ("data.tokens=256", f"data.stages={STAGES}", "evaluation.lengths=[128]", "evaluation.depths=3",
          "evaluation.samples=2", "training.logging_steps=1", "training.save_steps=2")  # fmt: skip
 
@@ -66,10 +66,9 @@ def test_steps_hold_the_same_bytes_and_repeat_from_the_seed(corpus, name):
         assert ids.numel() == settings["data"]["tokens"] and ids.shape[1] in stage["lengths"]
         for row, kind in zip(ids, kinds, strict=True):
             stated, asked = (text_of(row[kind == which]) for which in (passkey.STATED, passkey.ASKED))
-            n = stage["digits"]
-            keys = [{digits[i : i + n] for i in range(0, len(digits), n)} for digits in (stated, asked)]
-            assert keys[0] == keys[1] and len(stated) == len(asked) == n * stage["keys"]
-            assert n != passkey.DIGITS or keys[0] <= set(passkey.TRAINING_KEYS.tolist())
+            keys = [{digits[i : i + 5] for i in range(0, len(digits), 5)} for digits in (stated, asked)]
+            assert keys[0] == keys[1] and len(stated) == len(asked) == 5 * stage["keys"]
+            assert keys[0] <= set(passkey.TRAINING_KEYS.tolist())
             assert text_of(row).count("\nWhat is the pass key? The pass key is ") == 1
             assert text_of(row).endswith(".")
         before += stage["steps"]
@@ -152,9 +151,9 @@ def test_a_stopped_command_goes_on_and_ends_like_one_without_a_stop(tmp_path, ca
 
 
 def test_full_attention_beside_it(tmp_path):
-    stages = "data.stages=[{steps: 12, lengths: [256], keys: 2, digits: 5}]"
+    stages = "data.stages=[{steps: 12, lengths: [256], keys: 2}]"
     result = passkey.main(
         [str(FOLDER / "tiny.yaml"), f"training.output_dir={tmp_path}", *SHORT, stages, "attention=full"]
     )
-    assert result["log"][-1]["text"] < 0.9 * result["log"][0]["text"] and result["parameters"] == 78144
+    assert result["log"][-1]["text"] < 0.9 * result["log"][0]["text"] and result["parameters"] < 400_000
     assert (tmp_path / "full" / "passkey.png").exists()

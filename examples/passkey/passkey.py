@@ -96,15 +96,9 @@ def batch(config: dict[str, Any], corpus: Corpus, step: int) -> tuple[Tensor, Te
     windows = []
     for text in texts:
         names = ["", *rng.choice(NAMES, stage["keys"] - 1, replace=False)]
-        keys = list(zip(names, _keys(rng, len(names), stage["digits"]), strict=True))
+        keys = list(zip(names, rng.choice(TRAINING_KEYS, len(names)).tolist(), strict=True))
         windows.append(window(text.numpy().tobytes(), length, keys, rng.random(len(keys)), rng.permutation(len(keys))))
     return _stack(windows)
-
-
-def _keys(rng: np.random.Generator, count: int, digits: int) -> list[str]:
-    if digits == DIGITS:
-        return rng.choice(TRAINING_KEYS, count).tolist()
-    return ["".join(map(str, row)) for row in rng.integers(0, 10, (count, digits))]
 
 
 def stage_of(stages: list[dict[str, Any]], step: int) -> dict[str, Any]:
@@ -202,11 +196,9 @@ def train(config: dict[str, Any], corpus: Corpus, folder: Path, deadline: float)
 
 def measures(losses: Tensor, right: Tensor, kinds: Tensor) -> dict[str, float]:
     """Bits per byte of the text, and the share of digits and of keys in the answers that are right."""
-    digits = right[kinds == ASKED].float()
-    begins = (kinds == ASKED) & (kinds.roll(1, 1) != ASKED)
-    answers = digits.view(int(begins.sum()), -1)
+    answers = right[kinds == ASKED].float().view(-1, DIGITS)
     return {
-        "text": bits(losses[kinds == TEXT].mean().item()), "digits": digits.mean().item(),
+        "text": bits(losses[kinds == TEXT].mean().item()), "digits": answers.mean().item(),
         "keys": answers.all(1).float().mean().item(),
     }  # fmt: skip
 
