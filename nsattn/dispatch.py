@@ -91,7 +91,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "attend_compressed": {
         "triton_sm90": Cell(
             "attend_compressed_triton_sm90",
-            "`triton` with a backward in one pass over the keys, for Hopper GPUs",
+            "`triton` with kernels for Hopper GPUs, and a backward in one pass over the keys",
             head_dims=(128,),
             generation=9,
         ),
@@ -124,6 +124,12 @@ TABLE: dict[str, dict[str, Cell]] = {
         "reference": _REFERENCE,
     },
     "attend_window": {
+        "triton_sm90": Cell(
+            "attend_window_triton_sm90",
+            "`triton` with a forward for Hopper GPUs",
+            head_dims=(128,),
+            generation=9,
+        ),
         "triton": Cell("attend_window_triton", "online softmax over the last w keys"),
         "reference": _REFERENCE,
     },

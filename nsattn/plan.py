@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     cu_cmp: Tensor  # [n + 1] first compressed row
     cu_blk: Tensor  # [n + 1] first selection block
     q_tiles: Tensor  # [*, 2] (sequence, first row in the sequence) of each tile of TILE queries; sequence -1: no tile
+    q_pairs: Tensor  # [*, 2] the same for pairs of tiles
     k_tiles: Tensor  # [*, 2] the same for keys
     cmp_tiles: Tensor  # [*, 2] the same for compressed rows
     total_q: int  # query rows, slack included
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 
     def pack(self) -> tuple[list[Tensor], list[int]]:
         """The plan as the plain arguments of a custom op: its tensors, and its sizes with the config's."""
-        return list(self[:7]), [*self[7:13], *astuple(self.config)]
+        return list(self[:8]), [*self[8:14], *astuple(self.config)]
 
     @staticmethod
     def unpack(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
@@ -111,16 +112,17 @@ def make_plan(
     # last selection block up.
     total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
     total_blk = rows_k // config.slc_block + n
-    lengths, totals = [len_q, len_cmp], [total, total_cmp]
+    lengths, totals = [len_q, len_q, len_cmp], [total, total, total_cmp]
     if not same:
         lengths, totals = [*lengths, len_k], [*totals, rows_k]
-    q_tiles, cmp_tiles, *k_tiles = _tile_tables(torch.stack(lengths), totals)
+    q_pairs, q_tiles, cmp_tiles, *k_tiles = _tile_tables(torch.stack(lengths), totals)
     return Plan(
         cu_q=cu_q,
         cu_k=cu_k,
         cu_cmp=cu_cmp,
         cu_blk=cu_blk,
         q_tiles=q_tiles,
+        q_pairs=q_pairs,
         k_tiles=q_tiles if same else k_tiles[0],
         cmp_tiles=cmp_tiles,
         total_q=total,
@@ -212,14 +214,17 @@ def cumulative(lengths: Tensor) -> Tensor:
 def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> list[Tensor]:
     """For each row of lengths `[rows, n]`: (sequence, first row) of each tile, int32 `[*, 2]`.
 
-    The number of entries is a bound that follows from the total; unused ones hold sequence -1.
+    Tiles have TILE rows, those of the first table twice as many. The number of entries is a bound that follows from the
+    total; unused ones hold sequence -1.
     """
     n = lengths.shape[1]
-    sizes = [total // TILE + n for total in totals]
-    cu = cumulative((lengths + TILE - 1) // TILE)
+    sizes = [total // (TILE if i else 2 * TILE) + n for i, total in enumerate(totals)]
+    rows = lengths.new_full((len(sizes), 1), TILE)
+    rows[0] = 2 * TILE
+    cu = cumulative((lengths + rows - 1) // rows)
     # At least two values: inductor (torch 2.11, on a GPU) cannot search for one.
     tile = torch.arange(max(2, *sizes), device=lengths.device, dtype=torch.int32).repeat(len(sizes), 1)
     seq = torch.searchsorted(cu, tile, right=True) - 1  # of all of cu: inductor cannot search a slice
-    first = (tile - cu.gather(1, seq)) * TILE
+    first = (tile - cu.gather(1, seq)) * rows
     tables = torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)
     return [table[:size] for table, size in zip(tables, sizes, strict=True)]

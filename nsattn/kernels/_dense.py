@@ -55,6 +55,11 @@ def compressed_keys(plan: Plan) -> Keys:
     return Keys(plan.cu_cmp, plan.cmp_tiles, plan.config.cmp_stride, plan.config.cmp_block, UNLIMITED)
 
 
+def window_keys(plan: Plan) -> Keys:
+    """The keys of attend_window."""
+    return Keys(plan.cu_k, plan.k_tiles, stride=1, span=1, window=plan.config.window)
+
+
 class Shape(NamedTuple):
     """Launch knobs of a kernel: rows of the tile that stays and of those that stream by, warps, stages."""
 

@@ -11,13 +11,9 @@ from nsattn.kernels import _dense
 from nsattn.plan import Plan
 
 
-def _keys(plan: Plan) -> _dense.Keys:
-    return _dense.Keys(plan.cu_k, plan.k_tiles, stride=1, span=1, window=plan.config.window)
-
-
 def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. See `nsattn.attend_window`."""
-    return _dense.forward(q, k, v, plan, _keys(plan), scale=scale)
+    return _dense.forward(q, k, v, plan, _dense.window_keys(plan), scale=scale)
 
 
 def attend_window_bwd(
@@ -25,4 +21,4 @@ def attend_window_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_window` with respect to q, k, v."""
-    return _dense.backward(do, dlse, q, k, v, o, lse, plan, _keys(plan), scale=scale)
+    return _dense.backward(do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale)

@@ -41,20 +41,17 @@ class ScoreShape(NamedTuple):
     """Launch knobs of the score kernels."""
 
     keys: int  # of a tile
-    resident: bool  # q of all heads of a group stays on chip, and their loop is unrolled
     warps: int
     stages: int
 
 
-def score_shape(D: int, G: int, element_size: int) -> ScoreShape:
-    """A study on the H200 found 64 queries x 128 keys, 4 warps and one stage fastest, with q resident: two programs on
-    a multiprocessor hide each other's waits, and a second stage costs the second program. From six heads on their q
-    does not fit beside it, and is streamed in two stages."""
+def score_shape(D: int, element_size: int) -> ScoreShape:
+    """64 queries x 128 keys, 4 warps and two stages were fastest on the H200: q of the heads streams by, the next one
+    under way while this one is multiplied. With q of all heads on chip and one stage, 32/8 heads take 4.16 ms, not
+    3.79; eight warps 5.8, half the keys 5.5 (docs/log.md, 2026-11-23)."""
     if element_size > 2:
-        return ScoreShape(32, False, 4, 1)
-    if D > 128:
-        return ScoreShape(64, False, 4, 1)
-    return ScoreShape(128, True, 4, 1) if G <= 5 else ScoreShape(128, False, 4, 2)
+        return ScoreShape(32, 4, 1)
+    return ScoreShape(64, 4, 1) if D > 128 else ScoreShape(128, 4, 2)
 
 
 @triton.jit
@@ -149,8 +146,7 @@ def _scores_kernel(
     Q, K, LSE, SCORE, GROUP_MAX, Q_TILES, CU_Q, CU_K, CU_CMP, sq_t, sq_h, sk_t, sk_h,
     last_tile, num_tiles, head0, num_kv_heads, num_cols, scale,
     D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RESIDENT: tl.constexpr,
-    RANGE: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANGE: tl.constexpr,
 ):
     """Importance of up to RANGE selection blocks for BM queries of one KV head, and its group maxima; R <= 2."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
@@ -183,11 +179,6 @@ def _scores_kernel(
     o_d, o_c = tl.arange(0, BD), tl.arange(0, BK)
     m_d = (o_d < D)[None, :]
     o_key = 4 * NI * (o_c // 2 % 4) + 4 * (o_c // 16) + 2 * (o_c // 8 % 2) + o_c % 2
-    qs, lses = (), ()
-    if RESIDENT:
-        for g in tl.static_range(G):
-            qs = qs + (tl.load(p_q + g * sq_h + (o_q * sq_t)[:, None] + o_d[None, :], mask=m_d, other=0.0),)
-            lses = lses + (_load_lse2(p_lse + g, o_q * (num_kv_heads * G)),)
     o_b = NB * tl.arange(0, 4)[:, None] + tl.arange(0, NB)[None, :]  # block of a tile, by lane and place
     # Scalar bases and int32 offsets inside a tile: pointers of 64 bits would not leave room for two programs.
     i_row = (i_h.to(tl.int64) * num_tiles + i_tile) * BM
@@ -200,14 +191,10 @@ def _scores_kernel(
         # [BK, BD]
         b_k = load_rows(p_k + tl.cast(j * P, tl.int64) * sk_t, o_key, o_d, sk_t, o_key < len_c - j * P, D)
         a = tl.zeros([BM, BK], ACC)
-        if RESIDENT:
-            for g in tl.static_range(G):
-                a += tl.exp2(dot(qs[g], tl.trans(b_k)) * scale2 - lses[g][:, None])
-        else:
-            for g in range(G):
-                b_q = tl.load(p_q + g * sq_h + (o_q * sq_t)[:, None] + o_d[None, :], mask=m_d, other=0.0)
-                lse2 = _load_lse2(p_lse + g, o_q * (num_kv_heads * G))
-                a += tl.exp2(dot(b_q, tl.trans(b_k)) * scale2 - lse2[:, None])
+        for g in range(G):
+            b_q = tl.load(p_q + g * sq_h + (o_q * sq_t)[:, None] + o_d[None, :], mask=m_d, other=0.0)
+            lse2 = _load_lse2(p_lse + g, o_q * (num_kv_heads * G))
+            a += tl.exp2(dot(b_q, tl.trans(b_k)) * scale2 - lse2[:, None])
         if MASK:
             a = tl.where(((j * P + o_key) * STRIDE + L - 1)[None, :] <= t[:, None], a, 0.0)
         x, prev = _pool(a, prev, BM, NI, P, R)
@@ -338,7 +325,7 @@ def select_blocks(
     if T == 0 or plan.max_blk == 0:
         return block_idx
     G, BN = Hq // Hkv, next_power_of_2(N)
-    keys, resident, warps, stages = score_shape(D, G, q.element_size())
+    keys, warps, stages = score_shape(D, q.element_size())
     GS = group_size(config, keys)
     in_lanes = config.cmp_block // config.cmp_stride <= 2 and B // config.cmp_stride * GS * 4 == keys
     BJ = 4 * GS if in_lanes else max(64, GS)  # blocks that a step of the score kernel writes
@@ -362,7 +349,7 @@ def select_blocks(
             )  # fmt: skip
             if in_lanes:
                 _scores_kernel[(num * triton.cdiv(num_cols, RANGE), num_heads)](
-                    *args, **inner, **sizes, BK=keys, RESIDENT=resident, RANGE=RANGE, num_warps=warps,
+                    *args, **inner, **sizes, BK=keys, RANGE=RANGE, num_warps=warps,
                     num_stages=stages,
                 )
             else:
