@@ -50,14 +50,28 @@ def _ended(t, STRIDE: gl.constexpr, SPAN: gl.constexpr):
 
 
 @gluon.jit
-def _first_key(j, lo, steps, late, early):
+def key_steps(t0, t1, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, BN: gl.constexpr):
+    """Steps of BN keys for queries at positions t0 .. t1: first key, number of steps, how many of them need a mask for
+    keys that come too late, and how many more for keys that the window left behind."""
+    lo, hi, full_hi = 0, _ended(t1, STRIDE, SPAN), _ended(t0, STRIDE, SPAN)
+    early = 0
+    if WINDOW is not None:
+        lo = _ended(t0 - WINDOW, STRIDE, SPAN)
+        early = gl.cdiv(_ended(t1 - WINDOW, STRIDE, SPAN) - lo, BN)
+    steps = gl.maximum(gl.cdiv(hi - lo, BN), 1)  # a step that hides everything, where nothing is seen
+    seen = gl.maximum(full_hi - lo, 0) // BN  # steps that hide nothing for being late
+    return lo, steps, steps - seen, gl.minimum(early, seen)
+
+
+@gluon.jit
+def first_key(j, lo, steps, late, early, BN: gl.constexpr):
     """First key of the j-th step: the late steps that need a mask, the early ones that do, those that do not."""
     k = gl.where(j < late, steps - 1 - j, j - late)
     return lo + gl.where(j < late + early, k, j - late) * BN
 
 
 @gluon.jit
-def _fetch(n, i_n, tiles, full, empty, p, len_keys, stride8):
+def fetch(n, i_n, tiles, full, empty, p, len_keys, stride8, BN: gl.constexpr, STAGES: gl.constexpr):
     """Start to copy the keys or values of step n, from row i_n, once everybody has used what the tile held.
 
     Rows past the end become zeros. Every thread arrives at `full` when its pieces are there.
@@ -93,13 +107,13 @@ def _softmax(s, m, l, t, i_n, row, scale2, G: gl.constexpr, STRIDE: gl.constexpr
 
 
 @gluon.jit
-def _wait_for(n, full):
+def wait_for(n, full, STAGES: gl.constexpr):
     """Wait for the keys or values of step n."""
     mbarrier.wait(full.index(n % STAGES), n // STAGES & 1)
 
 
 @gluon.jit
-def _release(n, empty):
+def release(n, empty, STAGES: gl.constexpr):
     """This warpgroup is done with the keys or values of step n."""
     barrier()
     mbarrier.arrive(empty.index(n % STAGES), count=1)
@@ -119,17 +133,17 @@ def _step(
     """
     acc = warpgroup_mma_wait(0, deps=(acc,)) * shrink[:, None]
     if j > 1:
-        _release(j - 2, v_empty)
-    _wait_for(j, k_full)
-    _wait_for(j - 1, v_full)
+        release(j - 2, v_empty, STAGES)
+    wait_for(j, k_full, STAGES)
+    wait_for(j - 1, v_full, STAGES)
     fence_async_shared()
     s = gl.zeros([BM, BN], gl.float32, SCORES)
     s = warpgroup_mma(q_tile, k_tiles.index(j % STAGES).permute((1, 0)), s, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, v_tiles.index((j - 1) % STAGES), acc, is_async=True)
     if n < steps:
-        _fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8)
+        fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
-    _release(j, k_empty)
+    release(j, k_empty, STAGES)
     p, m, l, shrink = _softmax(s, m, l, t, i_n, row, scale2, G, STRIDE, SPAN, WINDOW, MASK)
     return gl.convert_layout(p.to(q_tile.dtype), OPERAND), acc, shrink, m, l
 
@@ -149,40 +163,40 @@ def _rows(
         tiles, full, empty = k_tiles, k_full, k_empty
     else:
         tiles, full, empty = v_tiles, v_full, v_empty
-    i_n = _first_key(0, lo, steps, late, early)
-    _fetch(0, i_n, tiles, full, empty, p_fetch, len_keys, stride8)
+    i_n = first_key(0, lo, steps, late, early, BN)
+    fetch(0, i_n, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     for n in gl.static_range(1, AHEAD + 1):
         if n < steps:
-            i_fetch = _first_key(n, lo, steps, late, early)
-            _fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8)
+            i_fetch = first_key(n, lo, steps, late, early, BN)
+            fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     zero = gl.zeros([BM, D], gl.float32, SCORES)
     acc = warpgroup_mma_init(zero)
     m = gl.full([BM], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l = gl.zeros([BM], gl.float32, gl.SliceLayout(1, SCORES))
-    _wait_for(0, k_full)
+    wait_for(0, k_full, STAGES)
     fence_async_shared()
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    _release(0, k_empty)
+    release(0, k_empty, STAGES)
     p, m, l, shrink = _softmax(s, m, l, t, i_n, row, scale2, G, STRIDE, SPAN, WINDOW, True)
     p = gl.convert_layout(p.to(q_tile.dtype), OPERAND)
     for j in range(1, late + early):
-        i_n = _first_key(j, lo, steps, late, early)
-        i_fetch = _first_key(j + AHEAD, lo, steps, late, early)
+        i_n = first_key(j, lo, steps, late, early, BN)
+        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
         p, acc, shrink, m, l = _step(
             j, p, acc, shrink, m, l, i_n, j + AHEAD, i_fetch, steps, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty,
             v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
             G, STRIDE, SPAN, WINDOW, True,
         )  # fmt: skip
     for j in range(gl.maximum(late + early, 1), steps):
-        i_fetch = _first_key(j + AHEAD, lo, steps, late, early)
+        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
         p, acc, shrink, m, l = _step(
             j, p, acc, shrink, m, l, 0, j + AHEAD, i_fetch, steps, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty,
             v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
             G, STRIDE, SPAN, WINDOW, False,
         )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=(acc,)) * shrink[:, None]
-    _wait_for(steps - 1, v_full)
+    wait_for(steps - 1, v_full, STAGES)
     fence_async_shared()
     acc = warpgroup_mma(p, v_tiles.index((steps - 1) % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -200,6 +214,36 @@ def _rows(
     gl.store(O + (o_o[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
 
 
+@gluon.jit
+def slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G: gl.constexpr):
+    """Where the 128 rows from `row` of the i-th pair lie if pairs are cut from the packed rows, and which of them belong
+    to no sequence. The table has at least total / PAIR entries, so the programs of a launch reach all of those."""
+    r = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+    token = i_pair.to(gl.int64) * PAIR + r // G
+    return token * num_heads + kv_head * G + r % G, (token >= gl.load(CU_Q + num_seqs)) & (token < total)
+
+
+@gluon.jit
+def fetch_queries(tile, P, start, row, left, stride_t8, stride_h8, kv_head, G: gl.constexpr):
+    """Start to copy 64 rows, from `row` of a pair whose first token is packed row `start`. Missing rows become zeros."""
+    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+    o = ((start + r // G).to(gl.int64) * stride_t8 + (kv_head * G + r % G) * stride_h8) * 8
+    async_copy.async_copy_global_to_shared(tile, P + (o[:, None] + o_d[None, :]), mask=(r // G < left)[:, None])
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """(full, empty) of a ring of tiles: all threads of the warpgroup that copies arrive at one, both warpgroups at the
+    other."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=128)
+        mbarrier.init(empty.index(stage), count=2)
+    return full, empty
+
+
 @gluon.jit(do_not_specialize=["num_seqs", "total"])
 def _dense_fwd_sm90_kernel(
     Q, K, V, PAIRS, CU_Q, CU_K, CU_KEYS, O, LSE, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
@@ -214,17 +258,11 @@ def _dense_fwd_sm90_kernel(
     TYPE: gl.constexpr = Q.dtype.element_ty
     i = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most compressed keys: they start first
     i_pair, kv_head, row = i // num_heads, i % num_heads // G, i % G * ROWS
-    o_r = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-
-    # Rows that belong to no sequence: the table has at least total / PAIR entries, so the programs reach them all.
-    packed_end = gl.load(CU_Q + num_seqs)
-    if (i_pair + 1).to(gl.int64) * PAIR > packed_end:
-        token = i_pair.to(gl.int64) * PAIR + o_r // G
-        o = token * num_heads + kv_head * G + o_r % G
-        m_slack = (token >= packed_end) & (token < total)
-        gl.store(O + ((o * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
-        gl.store(LSE + o, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=m_slack)
+    o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
+    if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
+        gl.store(O + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
+        gl.store(LSE + o_slack, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=m_slack)
     i_s = gl.load(PAIRS + 2 * i_pair)
     if i_s < 0:
         return
@@ -238,14 +276,7 @@ def _dense_fwd_sm90_kernel(
     t = first + gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - len_q
     left = len_q - first
     t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
-    lo, hi, full_hi = 0, _ended(t1, STRIDE, SPAN), _ended(t0, STRIDE, SPAN)
-    early = 0
-    if WINDOW is not None:
-        lo = _ended(t0 - WINDOW, STRIDE, SPAN)
-        early = gl.cdiv(_ended(t1 - WINDOW, STRIDE, SPAN) - lo, BN)
-    steps = gl.maximum(gl.cdiv(hi - lo, BN), 1)  # a step that hides everything, where nothing is seen
-    seen = gl.maximum(full_hi - lo, 0) // BN  # steps that hide nothing for being late
-    late, early = steps - seen, gl.minimum(early, seen)
+    lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
 
     kv_head = kv_head.to(gl.int64)
     p_k = K + (start_k.to(gl.int64) * sk_t8 + kv_head * sk_h8) * 8
@@ -253,22 +284,10 @@ def _dense_fwd_sm90_kernel(
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=128)  # the threads of the warpgroup that copies
-        mbarrier.init(v_full.index(stage), count=128)
-        mbarrier.init(k_empty.index(stage), count=2)  # both warpgroups
-        mbarrier.init(v_empty.index(stage), count=2)
+    k_full, k_empty = barriers(STAGES)
+    v_full, v_empty = barriers(STAGES)
     for g in gl.static_range(2):
-        r = row + g * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-        token = (start_q + first + r // G).to(gl.int64)
-        o_q = (token * sq_t8 + (kv_head * G + r % G) * sq_h8) * 8
-        async_copy.async_copy_global_to_shared(
-            q_tiles.index(g), Q + (o_q[:, None] + o_d[None, :]), mask=(r // G < left)[:, None]
-        )
+        fetch_queries(q_tiles.index(g), Q, start_q + first, row + g * BM, left, sq_t8, sq_h8, kv_head, G)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
