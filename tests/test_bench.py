@@ -18,6 +18,7 @@ from nsattn.bench import base, peers, selected, selected_summary
 from nsattn.bench.cases import (
     ALONE,
     BASE,
+    PAPER,
     SELECTIONS,
     SETS,
     SMALL,
@@ -63,10 +64,23 @@ def test_sets_cover_what_the_targets_speak_of():
 
 
 def test_choose():
-    assert choose("") == [(name, case) for name, cases in SETS.items() for case in cases]
+    everything = [(name, case) for name, cases in SETS.items() for case in cases]
+    assert [(name, case) for name, case in everything if name != "paper"] == [x for x in choose("") if x[0] != "paper"]
     assert choose("packed, million") == [(n, c) for n in ("packed", "million") for c in SETS[n]]
     with pytest.raises(ValueError, match="sets are target"):
         choose("packed,unpacked")
+
+
+def test_the_papers_figure_is_whole_and_nothing_of_it_is_timed_twice():
+    """By itself all 40 shapes; beside the other sets each shape once, and always with peers."""
+    assert {(c.length, c.group, c.block, c.num_selected, c.num_kv_heads) for _, c in choose("paper")} == {
+        (1024 * T, g, *b, 4) for T in (8, 16, 32, 64) for g in (1, 2, 4, 5, 8) for b in ((64, 16), (128, 8))
+    }
+    beside = choose("target,lengths,paper")
+    for case in PAPER:
+        assert [name for name, other in beside if replace(other, slack=None) == case] != [], case
+        assert sum(other.shape == case.shape and other.selection == case.selection for _, other in beside) == 1, case
+    assert 0 < sum(name == "paper" for name, _ in beside) < len(PAPER) == len(choose("paper")) == 40
 
 
 def test_targets_and_floors():
