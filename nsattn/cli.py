@@ -145,16 +145,19 @@ def bench_attention(
         str, typer.Option(help="Hq/Hkv pairs, comma separated; default: 4/4,16/4,32/8,40/8,64/4")
     ] = "",
     out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
+    ] = None,
     base: BaseOption = "",
 ) -> None:
-    """Time every operation, forward and backward, beside dense attention."""
-    from nsattn.bench.attention import HEADS, LENGTHS, run
+    """Time every operation, forward and backward, beside dense attention. Without sizes: more, see benchmarks/."""
+    from nsattn.bench.attention import run
     from nsattn.bench.base import checkout, compare
 
-    sizes = _lengths(lengths) if lengths else LENGTHS
-    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else HEADS
+    sizes = _lengths(lengths) if lengths else ()
+    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else ()
     with checkout(base) as other:
-        rows = run(sizes, counts, out=out, echo=_say, base=other)
+        rows = run(sizes, counts, out=out, peers=peers, echo=_say, base=other)
         compare(rows, other, echo=_say)
 
 

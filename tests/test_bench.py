@@ -35,6 +35,7 @@ from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
+DIRECTIONS = ("forward", "backward")
 ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
 SHAPE = {"T": 65536, "Hkv": 4, "D": 128, "Dv": 128, "B": 64, "N": 16, "selection": "random", "commit": "abc"}
 
@@ -317,6 +318,73 @@ def test_decode_runs_without_a_gpu(tmp_path):
     assert read_rows(out) == rows
     decode.run(out=out, rounds=1, echo=said.append)
     assert len(read_rows(out)) == len(rows)
+
+
+def theirs(q, k, v, l, d, B, N, cu, cu_cmp, longest, longest_cmp, scale, init, local, parallel_topk_compute):
+    """FSA's compressed attention and selection, by what ours give, in its form."""
+    plan = make_plan(cu, len(q), config=nsattn.NSAConfig(l, d, B, N, 512, init, local), max_seqlen=longest)
+    assert torch.equal(plan.cu_cmp, cu_cmp) and longest_cmp == len(k) and not parallel_topk_compute
+    o, lse = nsattn.attend_compressed(q, k, v, plan=plan, softmax_scale=scale, return_lse=True)
+    return o, nsattn.select_blocks(q, k, lse, plan=plan, softmax_scale=scale).transpose(0, 1)
+
+
+@pytest.mark.parametrize("fault", ["", "values", "gradients", "blocks", "crash"])
+def test_branches_of_a_peer_are_checked_each_by_itself(tmp_path, monkeypatch, fault):
+    """Through the real adapter: what is wrong is timed and marked, what raises is listed, the rest is right."""
+    from nsattn.bench import attention
+    from nsattn.bench.peers import fsa_branches
+
+    def compressed(q, k, v, *sizes):
+        k = k * 1.001 - 0.001 * k.detach() if fault == "gradients" else k
+        o = theirs(q, k, v, *sizes[:2], 64, 16, *sizes[2:], 1, 2, False)[0]
+        return (2 if fault == "values" else 1) * o, None
+
+    def both(*arguments, init_blocks, local_blocks, **options):
+        o, blocks = theirs(*arguments, init_blocks, local_blocks, **options)
+        return o, (1 if fault == "blocks" else 0) + blocks
+
+    def window(plan):
+        assert fault != "crash", "no window today"
+        return lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan)
+
+    module = SimpleNamespace(CompressedAttention=SimpleNamespace(apply=compressed), compressed_attention=both)
+    monkeypatch.setitem(sys.modules, fsa_branches.MODULE, module)
+    monkeypatch.setattr(fsa_branches, "window", window)
+    selection = Fake(WHO="fsa", prepare=lambda problem: lambda *x: right(*x, problem))
+    monkeypatch.setattr(attention, "_load", lambda folder, device: ([fsa_branches, selection], []))
+    out, said = str(tmp_path / "attention.json"), []
+    rows = attention.run(out=out, peers=tmp_path, echo=said.append)
+    mine = {(r.op, r.direction): r.ok for r in rows if r.who == "fsa"}
+    branches = ("attend_compressed", "attend_selected", "attend_window")
+    want = {(op, direction): True for op in branches for direction in DIRECTIONS}
+    want[fsa_branches.BOTH, "forward"] = fault != "blocks"
+    want["attend_compressed", "forward"] = fault != "values"
+    want["attend_compressed", "backward"] = fault not in ("values", "gradients")
+    if fault == "crash":
+        del want["attend_window", "forward"], want["attend_window", "backward"]
+    assert mine == want and all(r.ok for r in rows if r.who != "fsa"), said[-4:]
+    notes = json.loads(Path(out).read_text())["not_run"]
+    assert [(n["who"], n["impl"]) for n in notes] == [("fsa", "attend_window")] * (fault == "crash")
+    attention.run(out=out, echo=said.append)  # without peers: theirs and what is said of them stay
+    assert json.loads(Path(out).read_text())["not_run"] == notes
+    assert {(r.op, r.direction) for r in read_rows(out) if r.who == "fsa"} == set(want)
+
+
+def test_branches_of_a_peer_that_is_not_here_are_named(tmp_path):
+    from nsattn.bench import attention
+
+    loaded, missing = attention._load(tmp_path, "cuda")
+    assert not loaded and [note["who"] for note in missing] == ["fsa", "fsa", "nsa_ref"]
+    assert all("git clone https://" in note["reason"] for note in missing)
+    assert {note["reason"] for note in attention._load(tmp_path, "cpu")[1]} == {"needs a GPU"}
+
+
+def test_the_papers_figure_has_its_branches():
+    """Each of its lengths and head counts is timed in full or by its branches, none twice."""
+    from nsattn.bench.attention import PAPER_SHAPES, SHAPES
+
+    assert {(c.length, c.num_heads, c.num_kv_heads) for c in PAPER} <= {*SHAPES, *PAPER_SHAPES}
+    assert len({*SHAPES, *PAPER_SHAPES}) == len(SHAPES) + len(PAPER_SHAPES)
 
 
 def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):

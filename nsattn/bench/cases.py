@@ -74,7 +74,7 @@ PAPER = tuple(
 )  # fmt: skip
 
 SETS: dict[str, tuple[Case, ...]] = {
-    # The table of targets. Peers compile anew for every group, half a minute each: for longer blocks those of `paper` do.
+    # The table of targets. Peers compile anew for every group, half a minute each: for longer blocks not for all.
     "target": (
         *(replace(BASE, group=g, slack=1.0) for g in GROUPS),
         *(replace(LONG_BLOCKS, group=g, slack=1.0, peers=g in (*PAPER_GROUPS, 16)) for g in GROUPS),
