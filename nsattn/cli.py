@@ -245,6 +245,23 @@ def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn
         typer.echo(str(picture))
 
 
+@bench.command("paper")
+@_bad_parameters()
+def bench_paper(
+    results: Annotated[Path, typer.Option(help="folder with the JSON files of nsattn bench")] = Path(
+        "benchmarks/results/h200"
+    ),
+    out: Annotated[Path, typer.Option(help="Markdown file to write; its pictures go beside it")] = Path(
+        "docs/paper.md"
+    ),
+) -> None:
+    """Write the page on what the Flash Sparse Attention paper claims, beside what was measured."""
+    from nsattn.bench.paper import write
+
+    for path in write(results, out):
+        typer.echo(f"wrote {path}")
+
+
 def _head_counts(text: str) -> tuple[int, int]:
     """(Hq, Hkv) of a text like 32/8."""
     try:

@@ -65,7 +65,7 @@ BASE = Case()
 LONG_BLOCKS = replace(BASE, block=128, num_selected=8)
 ALONE = replace(BASE, peers=False)  # peers do not say what these selections mean, some write out of bounds on them
 
-# The kernel figure of the FSA paper (arXiv 2508.18224), four KV heads, and groups of five (40/8 heads) besides.
+# The kernel figure of the FSA paper (arXiv 2508.18224), with four KV heads; groups of five are those of 40/8 heads.
 PAPER_GROUPS = (1, 2, 4, 5, 8)
 PAPER_LENGTHS = (8192, 16384, 32768, 65536)
 PAPER = tuple(

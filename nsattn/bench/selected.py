@@ -351,16 +351,16 @@ def summary(path: str | Path) -> str:
     for B, N, group in sorted({(row.B, row.N, row.Hq // row.Hkv) for row in rows}):
         here = [row for row in rows if (row.B, row.N, row.Hq // row.Hkv) == (B, N, group)]
         case = Case(group=group, block=B, num_selected=N, slack=1.0)
-        cells = [_pair(target_ms(case, "forward"), target_ms(case, "backward"), True)]
+        cells = [pair(target_ms(case, "forward"), target_ms(case, "backward"), True)]
         for who, impl in columns:
             mine = {r.direction: r for r in here if r.who == who and impl in ("", r.impl)}
             forward, backward = (mine[d].ms if d in mine else None for d in ("forward", "backward"))
-            cells.append(_pair(forward, backward, all(r.ok for r in mine.values())))
+            cells.append(pair(forward, backward, all(r.ok for r in mine.values())))
         lines.append(f"| ({B}, {N}) | {group} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _pair(forward: float | None, backward: float | None, ok: bool) -> str:
+def pair(forward: float | None, backward: float | None, ok: bool) -> str:
     """Two times as text, marked where the result is wrong."""
     if forward is None and backward is None:
         return ""
