@@ -210,11 +210,14 @@ def bench_model(
     out: Annotated[
         str, typer.Option(help="JSON file for the results; what it has of this commit is not timed again")
     ] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
+    ] = None,
 ) -> None:
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=_say)
+    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, peers=peers, echo=_say)
 
 
 @bench.command("all")

@@ -370,6 +370,44 @@ def test_branches_of_a_peer_are_checked_each_by_itself(tmp_path, monkeypatch, fa
     assert {(r.op, r.direction) for r in read_rows(out) if r.who == "fsa"} == set(want)
 
 
+@pytest.mark.parametrize("fault", ["", "wrong", "crash"])
+def test_models_with_the_attention_of_a_peer(monkeypatch, fault):
+    """Through the real adapter, training and prefill: it is what runs, it is checked, and what raises is left out."""
+    pytest.importorskip("transformers")
+    from nsattn.bench import model
+    from nsattn.bench.peers import fsa_branches
+
+    called = []
+
+    def both(*arguments, init_blocks, local_blocks, **options):
+        return theirs(*arguments, init_blocks, local_blocks, **options)
+
+    def selected(q, k, v, index, block, cu, cu_k, longest, longest_k, scale):
+        assert fault != "crash", "out of order"
+        assert len(q) == len(k) == longest == longest_k == 96 and torch.equal(cu, cu_k) and block == 16
+        called.append(q.requires_grad)
+        config = nsattn.NSAConfig(8, 4, block, index.shape[-1], 20)
+        plan = make_plan(cu, len(q), config=config, max_seqlen=longest)
+        o = nsattn.attend_selected(q, k, v, index.transpose(0, 1).contiguous(), plan=plan, softmax_scale=scale)
+        return 2 * o if fault == "wrong" else o
+
+    monkeypatch.setitem(sys.modules, fsa_branches.MODULE, SimpleNamespace(compressed_attention=both))
+    window = lambda plan: lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan)  # noqa: E731
+    monkeypatch.setattr(fsa_branches, "window", window)
+    monkeypatch.setattr(fsa, "selected", lambda: selected)
+    monkeypatch.setattr(model, "_load", lambda folder, device, echo: ["fsa"])
+    said = []
+    rows = model.run(peers=Path("here"), echo=said.append)
+    mine = [r for r in rows if r.attention == "fsa"]
+    assert all(r.ok for r in rows if r.attention != "fsa") and nsattn.api.nsa_attention is nsattn.nsa_attention
+    if fault == "crash":
+        assert not mine and any("fsa not run: AssertionError: out of order" in line for line in said)
+        return
+    assert {r.phase for r in mine} == set(model.PHASES) and {r.who for r in mine} == {"fsa"}
+    assert {r.ok for r in mine} == {fault == ""} and set(called) == {True, False}
+    assert len(model.ratios(rows, "fsa", "auto", "prefill")) == (fault == "")
+
+
 def test_branches_of_a_peer_that_is_not_here_are_named(tmp_path):
     from nsattn.bench import attention
 
@@ -514,6 +552,7 @@ def test_models_run_without_a_gpu(tmp_path):
     assert [key[3] for key in speedups] == sorted(model.PHASES) and all(s[4] > 0 for s in speedups)
     with pytest.raises(ValueError, match="models are Llama-3-8B.*got GPT-5"):
         model.run(models="GPT-5", echo=said.append)
+    assert all(r.ok for r in rows) and len(model.ratios(rows, "qmajor", "auto", "train")) == 1
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
         model.read(tmp_path / "bad.json")

@@ -138,11 +138,14 @@ def test_parts_of_a_peer():
 def test_models_and_what_did_not_run():
     sizes = {"layers": 2, "T": 65536, "B": 64, "N": 16, "attention_ms": 1.0, "peak_gib": 1.0, "commit": "abc"}
     rows = [model.ModelRow("x", "Llama-3-8B", phase="prefill", attention=kind, ms=ms, **sizes)
-            for kind, ms in (("dense", 90.0), ("qmajor", 60.0), ("auto", 50.0))]
+            for kind, ms in (("dense", 90.0), ("qmajor", 60.0), ("auto", 50.0), ("nsa_ref", 100.0))]
+    rows += [replace(rows[0], attention="fsa", ms=75.0, ok=False)]
     notes = [{"who": "fsa", "impl": "", "case": "", "reason": "no checkout"},
              {"who": "fsa", "impl": "x", "case": "T=1 other", "reason": "too odd"}]  # fmt: skip
     results = paper.Results(models=rows, not_run=notes)
     assert claim(results, "prefill, end to end", "nsattn over nsattn `qmajor`").startswith("up to 1.20x, 1.20x")
+    assert claim(results, "prefill, end to end", "nsattn over nsa_ref").startswith("up to 2.00x")
+    assert claim(results, "prefill, end to end", "official FSA over nsa_ref") == paper.MISSING  # it was wrong
     assert claim(results, "training, end to end", "nsattn over nsattn `qmajor`") == paper.MISSING
     text = paper.page(results)
     assert "fsa, all of it, did not run: no checkout (1 times)" in text and "too odd" not in text

@@ -196,7 +196,7 @@ def _works(
     pairs = 4 * Hq * D  # FLOPs of a (query, key) pair forward, all heads
     tokens = T * min(T / 2, config.num_selected * config.slc_block)  # (query, key) pairs of the selected branch
     recent = T * min(T / 2, config.window)
-    tail = _Tail(q, k, v, k_cmp, v_cmp, plan)
+    tail = Tail(q, k, v, k_cmp, v_cmp, plan)
     few = min(T, 4 * config.cmp_block)  # the first tokens are compressed alike, whatever follows
     first = make_plan(torch.tensor([0, few], dtype=torch.int32, device=device), few, config=config, max_seqlen=few)
 
@@ -277,7 +277,7 @@ def _theirs(adapter: Any, problem: Problem) -> list[tuple[str, str, Callable[[],
     plan = problem.plan
     return [
         (fsa.WHO, "attend_compressed", lambda: fsa_branches.compressed(plan)),
-        (fsa.WHO, fsa_branches.BOTH, lambda: fsa_branches.compressed_and_selection(plan)),
+        (fsa.WHO, fsa_branches.BOTH, lambda: fsa_branches.selection(plan)),
         (fsa.WHO, "attend_window", lambda: fsa_branches.window(plan)),
     ]
 
@@ -305,7 +305,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Work:
     return Work("torch", "dense causal", "cudnn" if q.is_cuda else "math", call, (q, k, v), flops, last_row)
 
 
-class _Tail:
+class Tail:
     """The reference on the last query rows alone: as cached keys with a few queries, at a cost linear in T."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> None:

@@ -22,7 +22,7 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
         "selected": lambda: selected.run(out=f"{out}/selected.json", folder=peers, session=session, echo=echo),
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
-        "model": lambda: model.run(out=f"{out}/models.json", session=session, echo=echo),
+        "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
         "pictures": lambda: _draw(out, echo),
         "report": lambda: _report(out, echo),
     }
