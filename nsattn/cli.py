@@ -145,16 +145,19 @@ def bench_attention(
         str, typer.Option(help="Hq/Hkv pairs, comma separated; default: 4/4,16/4,32/8,40/8,64/4")
     ] = "",
     out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
+    ] = None,
     base: BaseOption = "",
 ) -> None:
-    """Time every operation, forward and backward, beside dense attention."""
-    from nsattn.bench.attention import HEADS, LENGTHS, run
+    """Time every operation, forward and backward, beside dense attention. Without sizes: more, see benchmarks/."""
+    from nsattn.bench.attention import run
     from nsattn.bench.base import checkout, compare
 
-    sizes = _lengths(lengths) if lengths else LENGTHS
-    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else HEADS
+    sizes = _lengths(lengths) if lengths else ()
+    counts = [_head_counts(pair) for pair in heads.split(",")] if heads else ()
     with checkout(base) as other:
-        rows = run(sizes, counts, out=out, echo=_say, base=other)
+        rows = run(sizes, counts, out=out, peers=peers, echo=_say, base=other)
         compare(rows, other, echo=_say)
 
 
@@ -207,11 +210,14 @@ def bench_model(
     out: Annotated[
         str, typer.Option(help="JSON file for the results; what it has of this commit is not timed again")
     ] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
+    ] = None,
 ) -> None:
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, echo=_say)
+    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, peers=peers, echo=_say)
 
 
 @bench.command("all")
@@ -240,6 +246,23 @@ def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn
 
     for picture in draw(results):
         typer.echo(str(picture))
+
+
+@bench.command("paper")
+@_bad_parameters()
+def bench_paper(
+    results: Annotated[Path, typer.Option(help="folder with the JSON files of nsattn bench")] = Path(
+        "benchmarks/results/h200"
+    ),
+    out: Annotated[Path, typer.Option(help="Markdown file to write; its pictures go beside it")] = Path(
+        "docs/paper.md"
+    ),
+) -> None:
+    """Write the page on what the Flash Sparse Attention paper claims, beside what was measured."""
+    from nsattn.bench.paper import write
+
+    for path in write(results, out):
+        typer.echo(f"wrote {path}")
 
 
 def _head_counts(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from nsattn.bench import base, peers, selected, selected_summary
 from nsattn.bench.cases import (
     ALONE,
     BASE,
+    PAPER,
     SELECTIONS,
     SETS,
     SMALL,
@@ -34,6 +35,7 @@ from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
+DIRECTIONS = ("forward", "backward")
 ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
 SHAPE = {"T": 65536, "Hkv": 4, "D": 128, "Dv": 128, "B": 64, "N": 16, "selection": "random", "commit": "abc"}
 
@@ -63,10 +65,23 @@ def test_sets_cover_what_the_targets_speak_of():
 
 
 def test_choose():
-    assert choose("") == [(name, case) for name, cases in SETS.items() for case in cases]
+    everything = [(name, case) for name, cases in SETS.items() for case in cases]
+    assert [(name, case) for name, case in everything if name != "paper"] == [x for x in choose("") if x[0] != "paper"]
     assert choose("packed, million") == [(n, c) for n in ("packed", "million") for c in SETS[n]]
     with pytest.raises(ValueError, match="sets are target"):
         choose("packed,unpacked")
+
+
+def test_the_papers_figure_is_whole_and_nothing_of_it_is_timed_twice():
+    """By itself all 40 shapes; beside the other sets each shape once, and always with peers."""
+    assert {(c.length, c.group, c.block, c.num_selected, c.num_kv_heads) for _, c in choose("paper")} == {
+        (1024 * T, g, *b, 4) for T in (8, 16, 32, 64) for g in (1, 2, 4, 5, 8) for b in ((64, 16), (128, 8))
+    }
+    beside = choose("target,lengths,paper")
+    for case in PAPER:
+        assert [name for name, other in beside if replace(other, slack=None) == case] != [], case
+        assert sum(other.shape == case.shape and other.selection == case.selection for _, other in beside) == 1, case
+    assert 0 < sum(name == "paper" for name, _ in beside) < len(PAPER) == len(choose("paper")) == 40
 
 
 def test_targets_and_floors():
@@ -305,6 +320,111 @@ def test_decode_runs_without_a_gpu(tmp_path):
     assert len(read_rows(out)) == len(rows)
 
 
+def theirs(q, k, v, l, d, B, N, cu, cu_cmp, longest, longest_cmp, scale, init, local, parallel_topk_compute):
+    """FSA's compressed attention and selection, by what ours give, in its form."""
+    plan = make_plan(cu, len(q), config=nsattn.NSAConfig(l, d, B, N, 512, init, local), max_seqlen=longest)
+    assert torch.equal(plan.cu_cmp, cu_cmp) and longest_cmp == len(k) and not parallel_topk_compute
+    o, lse = nsattn.attend_compressed(q, k, v, plan=plan, softmax_scale=scale, return_lse=True)
+    return o, nsattn.select_blocks(q, k, lse, plan=plan, softmax_scale=scale).transpose(0, 1)
+
+
+@pytest.mark.parametrize("fault", ["", "values", "gradients", "blocks", "crash"])
+def test_branches_of_a_peer_are_checked_each_by_itself(tmp_path, monkeypatch, fault):
+    """Through the real adapter: what is wrong is timed and marked, what raises is listed, the rest is right."""
+    from nsattn.bench import attention
+    from nsattn.bench.peers import fsa_branches
+
+    def compressed(q, k, v, *sizes):
+        k = k * 1.001 - 0.001 * k.detach() if fault == "gradients" else k
+        o = theirs(q, k, v, *sizes[:2], 64, 16, *sizes[2:], 1, 2, False)[0]
+        return (2 if fault == "values" else 1) * o, None
+
+    def both(*arguments, init_blocks, local_blocks, **options):
+        o, blocks = theirs(*arguments, init_blocks, local_blocks, **options)
+        return o, (1 if fault == "blocks" else 0) + blocks
+
+    def window(plan):
+        assert fault != "crash", "no window today"
+        return lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan)
+
+    module = SimpleNamespace(CompressedAttention=SimpleNamespace(apply=compressed), compressed_attention=both)
+    monkeypatch.setitem(sys.modules, fsa_branches.MODULE, module)
+    monkeypatch.setattr(fsa_branches, "window", window)
+    selection = Fake(WHO="fsa", prepare=lambda problem: lambda *x: right(*x, problem))
+    monkeypatch.setattr(attention, "_load", lambda folder, device: ([fsa_branches, selection], []))
+    out, said = str(tmp_path / "attention.json"), []
+    rows = attention.run(out=out, peers=tmp_path, echo=said.append)
+    mine = {(r.op, r.direction): r.ok for r in rows if r.who == "fsa"}
+    branches = ("attend_compressed", "attend_selected", "attend_window")
+    want = {(op, direction): True for op in branches for direction in DIRECTIONS}
+    want[fsa_branches.BOTH, "forward"] = fault != "blocks"
+    want["attend_compressed", "forward"] = fault != "values"
+    want["attend_compressed", "backward"] = fault not in ("values", "gradients")
+    if fault == "crash":
+        del want["attend_window", "forward"], want["attend_window", "backward"]
+    assert mine == want and all(r.ok for r in rows if r.who != "fsa"), said[-4:]
+    notes = json.loads(Path(out).read_text())["not_run"]
+    assert [(n["who"], n["impl"]) for n in notes] == [("fsa", "attend_window")] * (fault == "crash")
+    attention.run(out=out, echo=said.append)  # without peers: theirs and what is said of them stay
+    assert json.loads(Path(out).read_text())["not_run"] == notes
+    assert {(r.op, r.direction) for r in read_rows(out) if r.who == "fsa"} == set(want)
+
+
+@pytest.mark.parametrize("fault", ["", "wrong", "crash"])
+def test_models_with_the_attention_of_a_peer(monkeypatch, fault):
+    """Through the real adapter, training and prefill: it is what runs, it is checked, and what raises is left out."""
+    pytest.importorskip("transformers")
+    from nsattn.bench import model
+    from nsattn.bench.peers import fsa_branches
+
+    called = []
+
+    def both(*arguments, init_blocks, local_blocks, **options):
+        return theirs(*arguments, init_blocks, local_blocks, **options)
+
+    def selected(q, k, v, index, block, cu, cu_k, longest, longest_k, scale):
+        assert fault != "crash", "out of order"
+        assert len(q) == len(k) == longest == longest_k == 96 and torch.equal(cu, cu_k) and block == 16
+        called.append(q.requires_grad)
+        config = nsattn.NSAConfig(8, 4, block, index.shape[-1], 20)
+        plan = make_plan(cu, len(q), config=config, max_seqlen=longest)
+        o = nsattn.attend_selected(q, k, v, index.transpose(0, 1).contiguous(), plan=plan, softmax_scale=scale)
+        return 2 * o if fault == "wrong" else o
+
+    monkeypatch.setitem(sys.modules, fsa_branches.MODULE, SimpleNamespace(compressed_attention=both))
+    window = lambda plan: lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan)  # noqa: E731
+    monkeypatch.setattr(fsa_branches, "window", window)
+    monkeypatch.setattr(fsa, "selected", lambda: selected)
+    monkeypatch.setattr(model, "_load", lambda folder, device, echo: ["fsa"])
+    said = []
+    rows = model.run(peers=Path("here"), echo=said.append)
+    mine = [r for r in rows if r.attention == "fsa"]
+    assert all(r.ok for r in rows if r.attention != "fsa") and nsattn.api.nsa_attention is nsattn.nsa_attention
+    if fault == "crash":
+        assert not mine and any("fsa not run: AssertionError: out of order" in line for line in said)
+        return
+    assert {r.phase for r in mine} == set(model.PHASES) and {r.who for r in mine} == {"fsa"}
+    assert {r.ok for r in mine} == {fault == ""} and set(called) == {True, False}
+    assert len(model.ratios(rows, "fsa", "auto", "prefill")) == (fault == "")
+
+
+def test_branches_of_a_peer_that_is_not_here_are_named(tmp_path):
+    from nsattn.bench import attention
+
+    loaded, missing = attention._load(tmp_path, "cuda")
+    assert not loaded and [note["who"] for note in missing] == ["fsa", "fsa", "nsa_ref"]
+    assert all("git clone https://" in note["reason"] for note in missing)
+    assert {note["reason"] for note in attention._load(tmp_path, "cpu")[1]} == {"needs a GPU"}
+
+
+def test_the_papers_figure_has_its_branches():
+    """Each of its lengths and head counts is timed in full or by its branches, none twice."""
+    from nsattn.bench.attention import PAPER_SHAPES, SHAPES
+
+    assert {(c.length, c.num_heads, c.num_kv_heads) for c in PAPER} <= {*SHAPES, *PAPER_SHAPES}
+    assert len({*SHAPES, *PAPER_SHAPES}) == len(SHAPES) + len(PAPER_SHAPES)
+
+
 def test_another_commit_is_timed_beside_this_one(tmp_path, monkeypatch):
     """A commit of a repository and a folder with a checkout, both with a bench of their own; nothing of it is lost."""
     package = tmp_path / "repository" / "nsattn"
@@ -432,6 +552,7 @@ def test_models_run_without_a_gpu(tmp_path):
     assert [key[3] for key in speedups] == sorted(model.PHASES) and all(s[4] > 0 for s in speedups)
     with pytest.raises(ValueError, match="models are Llama-3-8B.*got GPT-5"):
         model.run(models="GPT-5", echo=said.append)
+    assert all(r.ok for r in rows) and len(model.ratios(rows, "qmajor", "auto", "train")) == 1
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
         model.read(tmp_path / "bad.json")

@@ -47,7 +47,7 @@ def test_speedups_and_claims(tmp_path):
     rows = [ROW]
     for who, ms in (("nsa_ref", 8.0), ("fsa", 5.0)):
         rows.append(replace(ROW, who=who, impl="x", ms=ms))
-    more = replace(ROW, Hq=64)
+    more = replace(ROW, Hq=32)
     wrong = replace(more, who="fsa", impl="x", ms=1.0, ok=False)
     rows += [more, replace(more, who="nsa_ref", impl="x", ms=12.0), wrong]
     save(rows, str(tmp_path / "selected.json"))
@@ -56,7 +56,8 @@ def test_speedups_and_claims(tmp_path):
     assert "<td>nsa_ref</td><td>forward</td><td>2</td><td>4.0x</td><td>5.0x</td><td>6.0x</td>" in table
     assert "<td>fsa</td><td>forward</td><td>1</td><td>2.5x</td>" in table
     claims = section(text, "What the Flash Sparse Attention paper claims")
-    assert "up to 1.6x, 1.6x on average" in claims and "up to 6.0x, 5.0x on average" in claims
+    assert "<td>up to 1.6x, 1.6x on average, 1 of 40 shapes</td>" in claims
+    assert "<td>up to 6.0x, 5.0x on average, 2 of 40 shapes</td>" in claims
     assert "there is no attention.json" in section(text, "Where the time goes")
 
 

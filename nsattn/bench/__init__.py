@@ -5,6 +5,7 @@ selected:  selected attention alone, over the shapes of `cases.py`, beside the p
 decode:    the attention of one decoding step, beside dense attention over the same cache.
 model:     training steps and prefill of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
+paper:     docs/paper.md, the claims of the FSA paper beside what was measured.
 all:       all of these in one folder, in as many sittings as it takes (`whole.py`, `session.py`).
 
 The first three can time another commit of ours beside this one (`base.py`).

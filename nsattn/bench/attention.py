@@ -1,4 +1,9 @@
-"""`nsattn bench attention`: times of every operation, forward and backward, beside dense attention in the same run."""
+"""`nsattn bench attention`: times of every operation, forward and backward, beside dense attention in the same run.
+
+With a folder of peers also the operations of the official Flash Sparse Attention that can be called by themselves, each
+checked first, forward and gradients. At the shapes of the paper's figure (`PAPER` of `cases.py`) that are not timed in
+full, the branches that its figure adds to the selected one are timed; the selected one is in `nsattn bench selected`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,25 @@ from torch import Tensor
 import nsattn
 from nsattn import dispatch
 from nsattn.bench.base import Base
+from nsattn.bench.cases import PAPER, Case
+from nsattn.bench.peers import Call, Missing, Problem, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session
-from nsattn.bench.timing import Echo, Row, floor_ms, interleave, merge, older_rows, peak_beyond, read_rows, save
+from nsattn.bench.timing import (
+    OURS,
+    Echo,
+    Row,
+    floor_ms,
+    interleave,
+    merge,
+    merge_notes,
+    note,
+    older_notes,
+    older_rows,
+    peak_beyond,
+    read_rows,
+    save,
+)
+from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.kernels import reference
 from nsattn.plan import Plan, make_plan
@@ -24,6 +46,9 @@ from nsattn.testing import compare, compare_selections, make_compression, random
 CHECKED_ROWS = 64
 LENGTHS = (8192, 32768, 65536)
 HEADS = ((4, 4), (16, 4), (32, 8), (40, 8), (64, 4))  # query heads, KV heads
+SHAPES = (*((T, *pair) for pair in HEADS for T in LENGTHS), (131072, 32, 8))
+SHARED = ("attend_compressed", "select_blocks", "attend_window")  # what every schedule of the selected branch shares
+PAPER_SHAPES = tuple(sorted({(case.length, case.num_heads, case.num_kv_heads) for case in PAPER} - set(SHAPES)))
 
 
 @dataclass(frozen=True)
@@ -38,22 +63,26 @@ class Work:
     flops: float
     check: Callable[[Tensor], bool]  # judges a result against the reference
     backward: bool = True
+    gradients: Callable[[], bool] | None = None  # judges the gradients; ours are the business of `nsattn verify`
 
 
 def run(
-    lengths: Sequence[int] = LENGTHS,
-    heads: Sequence[tuple[int, int]] = HEADS,
+    lengths: Sequence[int] = (),
+    heads: Sequence[tuple[int, int]] = (),
     *,
     out: str,
     echo: Echo,
     head_dim: int = 128,
+    peers: Path | None = None,
     base: Base | None = None,
     session: Session | None = None,
 ) -> list[Row]:
     """Time everything for one sequence of each length and each pair of head counts, and write JSON to `out`.
 
     Args:
+        lengths, heads: default: `SHAPES` in full, and the branches of `SHARED` at `PAPER_SHAPES`.
         out: results file; rows that it holds are kept unless timed again. An empty text writes none.
+        peers: where checkouts of peers lie; None times none.
         base: another commit, which times each shape too.
         session: which shapes to skip and when to stop; default: all of them are timed.
 
@@ -61,34 +90,86 @@ def run(
         The new rows.
     """
     device = "cuda"
+    shapes = [(T, *pair) for pair in heads or HEADS for T in lengths or LENGTHS]
+    if not lengths and not heads:
+        shapes = [*SHAPES, *PAPER_SHAPES]
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
-        lengths, heads, head_dim, device = [256], [(4, 2)], 32, "cpu"
-    cases = [(T, *pair, head_dim) for pair in heads for T in lengths]
+        shapes, head_dim, device = [(256, 4, 2)], 32, "cpu"
+    loaded, not_run = _load(peers, device) if peers else ([], [])
+    for missed in not_run:
+        echo(f"{missed['who']} {missed['impl']} is not here: {missed['reason']}")
     rows: list[Row] = []
+    done: list[str] = []
+    cases = [(*shape, head_dim) for shape in shapes]
     for case in (session or Session(again=True)).each("attention", cases, older_rows(out), _fields):
-        for work in _works(*case, device):
-            new = _time(work, *case, device)
+        few = case[:3] in PAPER_SHAPES and not lengths and not heads
+        works, notes = _works(*case, device, loaded, only=(*SHARED, fsa_branches.BOTH) if few else ())
+        for work in works:
+            try:
+                new = _time(work, *case, device)
+            except Exception as error:
+                if work.who not in (fsa.WHO, nsa_ref.WHO):
+                    raise
+                notes.append(note(work.who, work.op, _name(case), _reason(error, device)))
+                continue
             rows += new
             for row in new:
                 echo(
-                    f"{row.Hq:3}/{row.Hkv} T={row.T:6} {row.op:18} {row.impl:9} {row.direction:8} "
+                    f"{row.Hq:3}/{row.Hkv} T={row.T:6} {row.op:18} {row.impl:12} {row.direction:8} "
                     f"{row.ms:9.3f} ms  floor {row.floor_ms:8.3f}  {row.peak_gib:5.2f} GiB  "
                     f"{'ok' if row.ok else 'WRONG'}"
                 )
+        for missed in notes:
+            echo(f"  {missed['who']} {missed['impl']} not run: {missed['reason']}")
+        not_run += notes
+        done.append(_name(case))
         if base:
             rows += base.rows("attention", "--lengths", f"{case[0]}", "--heads", f"{case[1]}/{case[2]}", echo=echo)
         if out:
-            save(merge(rows, out), out)
+            save(merge(rows, out), out, not_run=merge_notes(not_run, done, out) if peers else older_notes(out))
     return rows
+
+
+def _name(case: tuple[int, int, int, int]) -> str:
+    return f"T={case[0]} {case[1]}/{case[2]} D={case[3]}"
+
+
+def _reason(error: Exception, device: str) -> str:
+    """What a peer raised, in short. Raises if the device is lost."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _load(folder: Path, device: str) -> tuple[list[Any], list[dict[str, str]]]:
+    """Adapters of peers that are on this machine, and why the others are not."""
+    loaded, missing = [], []
+    for adapter, what in ((fsa_branches, "compressed, selection, window"), (fsa, "selected"), (nsa_ref, "selected")):
+        try:
+            if device == "cpu":
+                raise Missing("needs a GPU")
+            adapter.load(folder)
+            loaded.append(adapter)
+        except Missing as error:
+            missing.append(note(getattr(adapter, "WHO", fsa.WHO), what, "", str(error)))
+    return loaded, missing
 
 
 def _fields(case: tuple[int, int, int, int]) -> dict[str, int]:
     return dict(zip(("T", "Hq", "Hkv", "D"), case, strict=True))
 
 
-def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
-    """All contenders of one shape. Inputs are random, the selection random with the forced blocks."""
+def _works(
+    T: int, Hq: int, Hkv: int, D: int, device: str, loaded: Sequence[Any] = (), only: Sequence[str] = ()
+) -> tuple[list[Work], list[dict[str, str]]]:
+    """All contenders of one shape, and why peers are none. Inputs are random, the selection too, with forced blocks.
+
+    Args:
+        loaded: adapters of peers.
+        only: operations; default: all.
+    """
     config = nsattn.NSAConfig()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
@@ -115,7 +196,7 @@ def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
     pairs = 4 * Hq * D  # FLOPs of a (query, key) pair forward, all heads
     tokens = T * min(T / 2, config.num_selected * config.slc_block)  # (query, key) pairs of the selected branch
     recent = T * min(T / 2, config.window)
-    tail = _Tail(q, k, v, k_cmp, v_cmp, plan)
+    tail = Tail(q, k, v, k_cmp, v_cmp, plan)
     few = min(T, 4 * config.cmp_block)  # the first tokens are compressed alike, whatever follows
     first = make_plan(torch.tensor([0, few], dtype=torch.int32, device=device), few, config=config, max_seqlen=few)
 
@@ -165,7 +246,40 @@ def _works(T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Work]:
              pairs * (1.5 * visible / config.cmp_stride + tokens + recent), whole_checked),
         _dense(q, k, v, pairs * visible),
     ]  # fmt: skip
-    return works
+    case = Case(Hq // Hkv, Hkv, T, head_dim=D, v_head_dim=D, block=config.slc_block, num_selected=config.num_selected)
+    flops = {"attend_compressed": pairs * visible / config.cmp_stride, "attend_selected": pairs * tokens,
+             "attend_window": pairs * recent}  # fmt: skip
+    problems = {op: Problem(case, q, k, v, selection, plan) for op in ("attend_selected", "attend_window")}
+    problems["attend_compressed"] = Problem(case, q, k_cmp, v_cmp, selection, plan)
+    works, notes = [work for work in works if not only or work.op in only], []
+    for who, op, make in (x for adapter in loaded for x in _theirs(adapter, problems["attend_selected"])):
+        if only and op not in only:
+            continue
+        try:
+            call = make()
+            if op == fsa_branches.BOTH:
+                works.append(Work(who, op, "as published", call, (q, k_cmp, v_cmp), 1.5 * flops["attend_compressed"],
+                                  lambda y: tail.selects(y, lse_cmp), backward=False))  # fmt: skip
+                continue
+            ok = Truth(problems[op], op).check(call)
+            problem = problems[op]
+            works.append(Work(who, op, "as published", call, (problem.q, problem.k, problem.v), flops[op],
+                              lambda y, ok=ok: ok[0], gradients=lambda ok=ok: ok[1]))  # fmt: skip
+        except Exception as error:  # noqa: BLE001  whatever a peer raises is its result; the others go on
+            notes.append(note(who, op, _name((T, Hq, Hkv, D)), _reason(error, device)))
+    return works, notes
+
+
+def _theirs(adapter: Any, problem: Problem) -> list[tuple[str, str, Callable[[], Call]]]:
+    """(project, operation, what makes its call) of a peer's adapter."""
+    if adapter is not fsa_branches:
+        return [(adapter.WHO, "attend_selected", lambda: adapter.prepare(problem))]
+    plan = problem.plan
+    return [
+        (fsa.WHO, "attend_compressed", lambda: fsa_branches.compressed(plan)),
+        (fsa.WHO, fsa_branches.BOTH, lambda: fsa_branches.selection(plan)),
+        (fsa.WHO, "attend_window", lambda: fsa_branches.window(plan)),
+    ]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Work:
@@ -191,7 +305,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Work:
     return Work("torch", "dense causal", "cudnn" if q.is_cuda else "math", call, (q, k, v), flops, last_row)
 
 
-class _Tail:
+class Tail:
     """The reference on the last query rows alone: as cached keys with a few queries, at a cost linear in T."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> None:
@@ -237,6 +351,7 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
     y = work.call(*work.leaves)
     with torch.no_grad():
         ok = work.check(y)
+    right = {"forward": ok, "backward": ok and (work.gradients is None or work.gradients())}
     config = nsattn.NSAConfig()
     moved = sum(x.numel() * x.element_size() for x in (*work.leaves, y))
     selection = "random" if work.op in ("attend_selected",) else "own"
@@ -278,7 +393,7 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
                 p80=p80,
                 floor_ms=floor_ms(flops, size),
                 peak_gib=peak,
-                ok=ok,
+                ok=right[direction],
                 commit=commit(),
                 dtype=str(work.leaves[0].dtype).removeprefix("torch."),
             )
@@ -288,7 +403,8 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
 
 def summary(path: str | Path) -> str:
     """The README's table of times, in markdown, from a results file: whole attention and the selected branch, in ms."""
-    times = {(r.Hq, r.Hkv, r.T, r.op, r.impl, r.direction): r.ms for r in read_rows(path)}
+    ours = [r for r in read_rows(path) if r.who in (OURS, "torch")]
+    times = {(r.Hq, r.Hkv, r.T, r.op, r.impl, r.direction): r.ms for r in ours}
     columns = (
         ("nsa_attention", "auto"),
         ("dense causal", "cudnn"),
@@ -297,7 +413,7 @@ def summary(path: str | Path) -> str:
     )
     lines = ["| heads | T | whole NSA | dense (cuDNN) | selected, `kvmajor` | selected, `qmajor` |"]
     lines.append("|---|--:|--:|--:|--:|--:|")
-    for Hq, Hkv, T in sorted({key[:3] for key in times}):
+    for Hq, Hkv, T in sorted({key[:3] for key in times if key[3] == "nsa_attention"}):
         cells = (
             " / ".join(
                 next(f"{times[key]:.2f}" for impl in impls if (key := (Hq, Hkv, T, op, impl, direction)) in times)

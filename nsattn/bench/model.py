@@ -3,7 +3,10 @@
 The layers are those of Hugging Face models with random weights, in bfloat16; embeddings and the output matrix are left
 out, since their cost does not depend on the attention. As many layers as fit, at most two: `layers` says how many,
 times are for all of them. A training step is forward and backward, `train+opt` adds the optimizer (fused AdamW);
-prefill fills a cache. `attention_ms` is what a step takes beyond one whose attention returns the values: scores,
+prefill fills a cache. With a folder of peers the same models are timed with the branches of the official FSA, and with
+those of its `nsa_ref`, in the place of ours; compression and gates stay ours. `ok` says whether that attention, for the
+blocks it selected, gives what the reference does; theirs select by the first query head of a group (`fsa_branches`).
+`attention_ms` is what a step takes beyond one whose attention returns the values: scores,
 softmax, and for NSA compression, selection and gates.
 """
 
@@ -12,18 +15,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import nsattn
+import nsattn.api
+from nsattn.bench.attention import Tail
+from nsattn.bench.peers import Missing, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session
 from nsattn.bench.timing import Echo, interleave, one_machine, peak_beyond
 from nsattn.environment import commit, environment
+from nsattn.plan import Plan, make_plan
 
 # Public config.json files: meta-llama/Llama-3.1-8B, Qwen/Qwen3-14B, Qwen/Qwen2.5-32B on huggingface.co.
 MODELS: dict[str, dict[str, Any]] = {
@@ -45,6 +53,7 @@ TINY = {"tiny": {"family": "llama", "hidden_size": 64, "intermediate_size": 96, 
 SIZES = {(64, 16): nsattn.NSAConfig(), (128, 8): nsattn.NSAConfig(slc_block=128, num_selected=8)}
 TINY_SIZES = {(16, 4): nsattn.NSAConfig(8, 4, 16, 4, 20)}
 ATTENTION = ("dense", "qmajor", "auto")
+PEERS = {"fsa": fsa, "nsa_ref": nsa_ref}  # attention -> adapter
 PHASES = ("train", "train+opt", "prefill")
 
 
@@ -64,6 +73,7 @@ class ModelRow:
     attention_ms: float
     peak_gib: float
     commit: str
+    ok: bool = True
 
 
 KEY = ("who", "model", "T", "B", "N", "phase", "attention")
@@ -71,13 +81,14 @@ KEY = ("who", "model", "T", "B", "N", "phase", "attention")
 
 def run(
     *, models: str = "", lengths: tuple[int, ...] = (8192, 16384, 32768, 65536), out: str = "", layers: int = 2,
-    echo: Echo, session: Session | None = None,
+    peers: Path | None = None, echo: Echo, session: Session | None = None,
 ) -> list[ModelRow]:
     """Time every model, length and pair (B, N); rows that `out` already holds are kept unless timed again.
 
     Args:
         models: comma-separated names of `MODELS`, default all.
         layers: at most so many; fewer where they do not fit.
+        peers: where checkouts of peers lie; None times none.
         session: which of them to skip and when to stop; default: those that `out` holds at this commit are skipped.
 
     Returns:
@@ -93,13 +104,14 @@ def run(
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
         device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
+    loaded = _load(peers, device, echo) if peers else []
     rows = one_machine(out, read(out)) if out and Path(out).exists() else []
     cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
     for case in (session or Session()).each("model", cases, rows, _fields):
         name, T, B, N = case
         for num in range(layers, 0, -1):
             try:
-                new = _bench(case, shapes[name], sizes[B, N], num, device)
+                new = _bench(case, shapes[name], sizes[B, N], num, device, loaded, echo)
                 break
             except torch.cuda.OutOfMemoryError:
                 gc.collect()
@@ -110,7 +122,7 @@ def run(
         rows = [r for r in rows if (r.model, r.T, r.B, r.N) != case] + new
         for r in new:
             echo(f"{r.model:12} T={r.T:6} (B,N)=({r.B},{r.N}) {r.layers} layers {r.phase:9} {r.attention:7} "
-                 f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB")
+                 f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB{'' if r.ok else ' WRONG'}")
         if out:
             save(rows, out)
     return rows
@@ -120,33 +132,97 @@ def _fields(case: tuple[str, int, int, int]) -> dict[str, Any]:
     return dict(zip(("model", "T", "B", "N"), case, strict=True))
 
 
+def _load(folder: Path, device: str, echo: Echo) -> list[str]:
+    """The kinds of attention of peers that are on this machine; why others are not is said."""
+    found = []
+    for kind, adapter in PEERS.items():
+        try:
+            if device == "cpu":
+                raise Missing("needs a GPU")
+            fsa_branches.load(folder)
+            adapter.load(folder)
+            found.append(kind)
+        except Missing as error:
+            echo(f"{kind} is not here: {error}")
+    return found
+
+
 def _bench(
-    case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, layers: int, device: str
-) -> list[ModelRow]:
+    case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, layers: int, device: str,
+    loaded: Sequence[str], echo: Echo,
+) -> list[ModelRow]:  # fmt: skip
     rows, calls, keys = [], [], []
+    right: dict[str, bool] = dict.fromkeys(ATTENTION, True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.randn(1, case[1], shape["hidden_size"], device=device, dtype=dtype) * 0.02
     dy = torch.randn_like(x)
-    for kind in (*ATTENTION, "none"):
-        model = _model(shape, layers, kind, config, device, dtype)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
-        for phase in PHASES:
-            call = _step(model, optimizer, x, dy, phase, kind)
-            call()
-            peak = 0.0 if kind == "none" else peak_beyond(call, device)[1]
-            calls.append(call)
-            keys.append((phase, kind, peak))
-        model.zero_grad(set_to_none=True)
+    for kind in (*ATTENTION, *loaded, "none"):
+        mine: list[tuple[Callable[[], Tensor], float]] = []
+        try:
+            if kind in PEERS:
+                right[kind] = _right(kind, case[1], shape, config, device, dtype)
+            model = _model(shape, layers, kind, config, device, dtype)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
+            for phase in PHASES:
+                call = _step(model, optimizer, x, dy, phase, kind)
+                call()
+                mine.append((call, 0.0 if kind == "none" else peak_beyond(call, device)[1]))
+            model.zero_grad(set_to_none=True)
+        except Exception as error:
+            if kind not in PEERS:
+                raise
+            echo(f"  {kind} not run: {type(error).__name__}: {str(error)[:300]}")
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises if the device is lost
+                torch.cuda.empty_cache()
+            continue
+        calls += [call for call, _ in mine]
+        keys += [(phase, kind, peak) for phase, (_, peak) in zip(PHASES, mine, strict=True)]
     times = dict(zip([key[:2] for key in keys], interleave(calls, device), strict=True))
     for phase, kind, peak in keys:
         if kind == "none":
             continue
         ms = times[phase, kind][0]
+        who = "torch" if kind == "dense" else kind if kind in PEERS else "nsattn"
         rows.append(ModelRow(
-            who="torch" if kind == "dense" else "nsattn", layers=layers, **_fields(case), phase=phase, attention=kind,
-            ms=ms, attention_ms=ms - times[phase, "none"][0], peak_gib=peak, commit=commit(),
+            who=who, layers=layers, **_fields(case), phase=phase, attention=kind, ms=ms,
+            attention_ms=ms - times[phase, "none"][0], peak_gib=peak, commit=commit(), ok=right[kind],
         ))  # fmt: skip
     return rows
+
+
+def _theirs(kind: str) -> Callable[..., Any]:
+    """Stands for `nsattn.api.nsa_attention` of one sequence: branches by a peer."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, gates: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan,
+               return_lse: bool = False, **options: Any) -> Any:  # fmt: skip
+        cu = torch.arange(2, dtype=torch.int32, device=q.device) * len(q)
+        plan = make_plan(cu, len(q), config=plan.config, max_seqlen=len(q))  # a cache has rows beyond the sequence
+        keys = k[: len(q)], v[: len(q)], k_cmp[: plan.max_cmp], v_cmp[: plan.max_cmp]
+        o, block_idx = fsa_branches.whole(PEERS[kind].selected(), plan)(q, *keys, gates)
+        return nsattn.NSAOutput(o, o, o, o, block_idx) if return_lse else o  # nobody reads the sums
+
+    return attend
+
+
+def _right(
+    kind: str, T: int, shape: dict[str, Any], config: nsattn.NSAConfig, device: str, dtype: torch.dtype
+) -> bool:
+    """Whether a peer's attention, for the blocks it selects, gives the reference's result on random inputs."""
+    generator = torch.Generator(device).manual_seed(0)
+    Hq, Hkv = shape["num_attention_heads"], shape["num_key_value_heads"]
+    D = shape.get("head_dim", shape["hidden_size"] // Hq)
+    q, k, v, gates = (
+        torch.randn(T, heads, dim, generator=generator, device=device, dtype=dtype)
+        for heads, dim in ((Hq, D), (Hkv, D), (Hkv, D), (Hq, 3))
+    )
+    cu = torch.arange(2, dtype=torch.int32, device=device) * T
+    plan = make_plan(cu, T, config=config, max_seqlen=T)
+    with torch.no_grad():
+        k_cmp, v_cmp = (nsattn.compress(x, plan=plan)[: plan.max_cmp] for x in (k, v))
+        out = _theirs(kind)(q, k, v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, plan=plan, return_lse=True)
+        tail = Tail(q, k, v, k_cmp, v_cmp, plan)
+        return tail.agrees(out.o, lambda dtype: tail.whole(dtype, out.block_idx, gates))
 
 
 def _model(
@@ -170,9 +246,9 @@ def _model(
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(transformers, f"{family}Model")(model_config).to(dtype)
-    if kind in ("qmajor", "auto"):
+    if kind in ("qmajor", "auto", *PEERS):
         model = convert_to_nsa(model, config)
-        model.config.nsa_impl = kind if device == "cuda" else "reference"
+        model.config.nsa_impl = ("qmajor" if kind == "qmajor" else "auto") if device == "cuda" else "reference"
     return model
 
 
@@ -186,6 +262,8 @@ def _step(model: Any, optimizer: Any, x: Tensor, dy: Tensor, phase: str, kind: s
     def backends() -> contextlib.AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if kind in PEERS:
+            return mock.patch.object(nsattn.api, "nsa_attention", _theirs(kind))
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if x.is_cuda and kind == "dense" else contextlib.nullcontext()
 
     def prefill() -> Tensor:
@@ -221,6 +299,15 @@ def read(path: str | Path) -> list[ModelRow]:
         return [ModelRow(**row) for row in json.loads(Path(path).read_text())["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a results file of nsattn bench model ({error}). Make it again.") from error
+
+
+def ratios(rows: list[ModelRow], slow: str, fast: str, phase: str) -> list[float]:
+    """How many times as fast one kind of attention is as another, for every model and size that has both, right."""
+    times: dict[str, dict[tuple[str, int, int, int], float]] = {slow: {}, fast: {}}
+    for r in rows:
+        if r.ok and r.phase == phase and r.attention in times:
+            times[r.attention][r.model, r.T, r.B, r.N] = r.ms / r.layers
+    return [ms / times[fast][key] for key, ms in sorted(times[slow].items()) if key in times[fast]]
 
 
 def speedups(rows: list[ModelRow]) -> Iterator[tuple[str, int, tuple[int, int], str, float, float]]:

@@ -1,4 +1,4 @@
-"""The pictures of `selected.json`: time against the group and against the length, ours and theirs."""
+"""The pictures of `selected.json`, time against the group and against the length, and those of docs/paper.md."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from nsattn.bench.cases import Case, target_ms
-from nsattn.bench.timing import Row, read_rows
+from nsattn.bench.cases import PAPER, PAPER_GROUPS, Case, target_ms
+from nsattn.bench.paper import DIRECTIONS, HEADS, NAMES, OPERATIONS, PROJECTS, Times, lengths, parts
+from nsattn.bench.timing import OURS, Row, read_rows
 
 DPI = 120
 LENGTH_GROUP = 4
@@ -26,6 +29,7 @@ STYLES = {  # who -> label, colour, marker
     "fla": ("NSA, fla", "#b07d12", "v"),
     "torch": ("dense, cuDNN", "#555555", "x"),
 }
+COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55")  # of `OPERATIONS`
 
 
 def draw(path: str | Path) -> list[Path]:
@@ -113,3 +117,86 @@ def _line(
     axis.plot([x_of(r) for r in rows], [r.ms for r in rows], **points, **line)
     wrong = [r for r in rows if not r.ok]
     axis.plot([x_of(r) for r in wrong], [r.ms for r in wrong], **points, ls="none", mfc="white", mew=1.6)
+
+
+def stack(axes: Axes, rows: Sequence[Row], direction: str) -> None:
+    """Time of each operation at `HEADS`, one above the other: ours, beside it who else was timed, and dense attention.
+
+    Hatched is what failed its check.
+    """
+    seen: set[str] = set()
+    ticks, labels, width = [], [], 0.26
+    for i, T in enumerate(lengths(rows)):
+        here = [(project, parts(rows, T, project, direction)) for project in PROJECTS]
+        here = [(project, times) for project, times in here if project == OURS or "attend_selected" in times]
+        for j, (project, times) in enumerate(here):
+            x, base = i + (j - (len(here) - 1) / 2) * (width + 0.04), 0.0
+            for colour, op in zip(COLOURS, OPERATIONS, strict=True):
+                if op in times:
+                    ms, ok = times[op]
+                    label = None if op in seen else op
+                    seen.add(op)
+                    axes.bar(x, ms / T * 1e6, width, bottom=base, color=colour, label=label, hatch=None if ok else "//",
+                             edgecolor="white", lw=0)  # fmt: skip
+                    base += ms / T * 1e6
+            if len(here) > 1:
+                axes.text(x, base, project, ha="center", va="bottom", fontsize=6, rotation=90)
+        dense = [r.ms for r in rows if (r.T, (r.Hq, r.Hkv), r.op, r.direction) == (T, HEADS, "dense causal", direction)]
+        if dense:
+            height = dense[0] / T * 1e6
+            axes.plot([i - 0.45, i + 0.45], [height] * 2, color="#222222", label=None if "dense" in seen else "dense")
+            seen.add("dense")
+        ticks.append(i)
+        labels.append(f"{T // 1024}K")
+    axes.set_xticks(ticks, labels)
+    axes.set(xlabel="tokens", ylabel="ns per token", title=f"{direction}, {HEADS[0]}/{HEADS[1]} heads")
+    axes.legend(fontsize=7)
+
+
+def draw_parts(path: Path, rows: Sequence[Row], numbers: str) -> None:
+    """Where the time goes, forward and backward side by side; the file carries the numbers it was drawn from."""
+    figure, both = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for axes, direction in zip(both, DIRECTIONS, strict=True):
+        stack(axes, rows, direction)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path, numbers)
+
+
+def draw_figure(path: Path, times: Times, direction: str, numbers: str) -> None:
+    """The paper's figure in one direction: a row for each (B, N), a column for each group, time against the length."""
+    sizes = sorted({(case.block, case.num_selected) for case in PAPER})
+    figure, grid = plt.subplots(len(sizes), len(PAPER_GROUPS), figsize=(12, 5.2), sharex=True, layout="constrained")
+    handles: dict[str, Artist] = {}
+    for (B, N), line in zip(sizes, grid, strict=True):
+        for g, axes in zip(PAPER_GROUPS, line, strict=True):
+            for who in NAMES:
+                _, colour, marker = STYLES[OURS if who in ("auto", "qmajor") else who]
+                mine = sorted((case.length, time.ms, time.ok) for (case, other, way), time in times.items()
+                              if (other, way, case.group, case.block) == (who, direction, g, B))  # fmt: skip
+                if mine:
+                    x, ms, ok = zip(*mine, strict=True)
+                    look = {"color": colour, "ls": "--" if who == "qmajor" else "-", "lw": 1.4}
+                    handles[NAMES[who].replace("`", "")] = axes.plot(x, ms, **look)[0]
+                    for right in (True, False):  # hollow points failed their check
+                        points = [(a, b) for a, b, good in zip(x, ms, ok, strict=True) if good == right]
+                        face = colour if right or marker == "x" else "white"
+                        axes.plot(*zip(*points, strict=True) if points else ((), ()), ls="none", marker=marker, ms=5,
+                                  mec=colour, mfc=face)  # fmt: skip
+            steps = sorted({case.length for case in PAPER})
+            axes.set(xscale="log", yscale="log", title=f"G = {g}, (B, N) = ({B}, {N})")
+            axes.title.set_fontsize(8)
+            axes.set_xticks(steps, [f"{step >> 10}K" for step in steps])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                side(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.tick_params(labelsize=8, which="both")
+            axes.grid(True, which="major", color="#dddddd", lw=0.8)
+        line[0].set_ylabel(f"{direction}, milliseconds")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    _save(figure, path, numbers)
+
+
+def _save(figure: Figure, path: Path, numbers: str) -> None:
+    figure.savefig(path, dpi=DPI, metadata={"Date": None, "Description": numbers}, facecolor="white")
+    plt.close(figure)

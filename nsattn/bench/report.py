@@ -19,14 +19,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from nsattn.bench.model import ModelRow, speedups
+from nsattn.bench import paper
+from nsattn.bench.model import ModelRow
 from nsattn.bench.model import read as read_models
+from nsattn.bench.paper import DIRECTIONS, HEADS, lengths
+from nsattn.bench.plots import stack
 from nsattn.bench.timing import Row, read_rows
 
-DIRECTIONS = ("forward", "backward")
-OPERATIONS = ("compress", "attend_compressed", "select_blocks", "attend_selected", "attend_window", "combine")
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3")
-HEADS = (32, 8)  # of the sections that show one shape: those of Llama-3-8B
 FILES = ("attention", "selected", "decode", "models")
 
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
@@ -54,7 +54,7 @@ def write(results: Path, out: Path) -> Path:
         ("Memory beyond inputs and outputs", _memory(attention)),
         ("A decoding step", _decoding(rows.get("decode", []))),
         ("Models", _models(models)),
-        ("What the Flash Sparse Attention paper claims", _claims(selected, models)),
+        ("What the Flash Sparse Attention paper claims", _table(paper.claims(paper.read(results)))),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_page(sections), encoding="utf-8")
@@ -111,28 +111,7 @@ def _against_group(rows: list[Row]) -> str:
 
 def _stack(rows: list[Row]) -> str:
     """Time of each operation, one above the other, and dense attention beside it."""
-    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS]
-    lengths = sorted({r.T for r in mine})
-    if not lengths:
-        return _missing("attention")
-
-    def draw(axes: Any, direction: str) -> None:
-        for i, T in enumerate(lengths):
-            base = 0.0
-            for colour, op in zip(COLOURS, OPERATIONS, strict=False):
-                times = [r.ms for r in mine if (r.T, r.op, r.direction) == (T, op, direction)]
-                if times:  # of several schedules, the fastest
-                    axes.bar(i, min(times) / T * 1e6, 0.6, bottom=base, color=colour, label=op if i == 0 else None)
-                    base += min(times) / T * 1e6
-            dense = [r.ms for r in mine if (r.T, r.op, r.direction) == (T, "dense causal", direction)]
-            if dense:
-                height, label = dense[0] / T * 1e6, "dense" if i == 0 else None
-                axes.plot([i - 0.4, i + 0.4], [height, height], color="#222222", label=label)
-        axes.set_xticks(range(len(lengths)), [f"{T // 1024}K" for T in lengths])
-        axes.set(xlabel="tokens", ylabel="ns per token", title=f"{direction}, {HEADS[0]}/{HEADS[1]} heads")
-        axes.legend(fontsize=7)
-
-    return _figure(draw)
+    return _figure(lambda axes, direction: stack(axes, rows, direction)) if lengths(rows) else _missing("attention")
 
 
 def _speedups(rows: list[Row]) -> str:
@@ -153,16 +132,8 @@ def _speedups(rows: list[Row]) -> str:
 
 
 def _roofline(rows: list[Row]) -> str:
-    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS]
-    if not mine:
-        return _missing("attention")
-    T = max(r.T for r in mine)
-    lines = [
-        [r.op, r.impl, r.direction, f"{r.ms:.2f}", f"{r.floor_ms:.2f}", f"{r.floor_ms / r.ms:.0%}"]
-        for r in mine if r.T == T
-    ]
-    head = ("operation", "impl", "direction", "ms", "floor, ms", "share")
-    return f"<p>{HEADS[0]}/{HEADS[1]} heads, {T} tokens.</p>" + _table((head, lines))
+    T, table = paper.roofline(rows)
+    return f"<p>{HEADS[0]}/{HEADS[1]} heads, {T} tokens.</p>" + _table(table) if table[1] else _missing("attention")
 
 
 def _memory(rows: list[Row]) -> str:
@@ -182,37 +153,8 @@ def _decoding(rows: list[Row]) -> str:
 
 
 def _models(rows: list[ModelRow]) -> str:
-    lines = [
-        [model, str(T), f"({B}, {N})", phase, f"{dense:.2f}x", f"{vanilla:.2f}x"]
-        for model, T, (B, N), phase, dense, vanilla in speedups(rows)
-    ]
-    head = ("model", "tokens", "(B, N)", "phase", "over dense", "over the vanilla schedule")
-    return _table((head, lines)) if lines else _missing("models")
-
-
-def _claims(selected: list[Row], models: list[ModelRow]) -> str:
-    """Each claim beside what this run says of their kernels and of ours."""
-    key = ("T", "Hq", "Hkv", "D", "Dv", "B", "N", "selection", "direction", "set")
-    by_who: dict[str, dict[tuple[Any, ...], float]] = {}
-    for r in selected:
-        if r.ok and r.op == "attend_selected" and (r.who != "nsattn" or r.impl == "auto"):
-            by_who.setdefault(r.who, {})[tuple(getattr(r, k) for k in key)] = r.ms
-
-    def over_vanilla(who: str) -> str:
-        vanilla, mine = by_who.get("nsa_ref", {}), by_who.get(who, {})
-        ratios = [vanilla[k] / mine[k] for k in vanilla.keys() & mine.keys()]
-        return f"up to {max(ratios):.1f}x, {_mean(ratios):.1f}x on average" if ratios else "not measured"
-
-    def phase(name: str) -> str:
-        ratios = [vanilla for *_, kind, _, vanilla in speedups(models) if kind == name]
-        return f"up to {max(ratios):.2f}x, {_mean(ratios):.2f}x on average" if ratios else "not measured"
-
-    lines = [
-        ["kernels over vanilla NSA", "up to 3.5x, 1.6x on average", over_vanilla("fsa"), over_vanilla("nsattn")],
-        ["training over vanilla NSA", "up to 1.25x, 1.09x on average", "not measured", phase("train")],
-        ["prefill over vanilla NSA", "up to 1.36x, 1.11x on average", "not measured", phase("prefill")],
-    ]
-    return _table((("claim (arXiv 2508.18224)", "the paper", "their code, here", "nsattn, here"), lines))
+    table = paper.model_table(rows)
+    return _table(table) if table[1] else _missing("models")
 
 
 def _mean(x: Sequence[float]) -> float:

@@ -14,7 +14,6 @@ as CUDA graphs (`impl` ends with "graph").
 from __future__ import annotations
 
 import gc
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,20 @@ from nsattn.bench.base import Base
 from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, target_ms
 from nsattn.bench.peers import Call, Problem
 from nsattn.bench.session import Session
-from nsattn.bench.timing import OURS, Echo, Row, floor_ms, interleave, merge, older_rows, peak_beyond, read_rows, save
+from nsattn.bench.timing import (
+    OURS,
+    Echo,
+    Row,
+    floor_ms,
+    interleave,
+    merge,
+    merge_notes,
+    note,
+    older_rows,
+    peak_beyond,
+    read_rows,
+    save,
+)
 from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
@@ -75,8 +87,8 @@ def run(
         echo("No GPU: timing the reference at tiny sizes. These numbers say nothing about the kernels.")
         cases = [("tiny", case) for case in TINY]
     loaded, not_run = _load(folder, device)
-    for note in not_run:
-        echo(f"{note['who']} is not here: {note['reason']}")
+    for missed in not_run:
+        echo(f"{missed['who']} is not here: {missed['reason']}")
     rows: list[Row] = []
     done: list[Case] = []
     mine = cases[shard[0] :: shard[1]]
@@ -88,11 +100,11 @@ def run(
             rows += base.rows("selected", *_alone(name, case, cases), "--rounds", f"{rounds}", echo=echo)
         not_run += notes
         done.append(case)
-        for note in notes:
-            echo(f"  {note['who']} {note['impl']} not run: {note['reason']}")
+        for missed in notes:
+            echo(f"  {missed['who']} {missed['impl']} not run: {missed['reason']}")
         echo(f"[{name}] {case}: {time.perf_counter() - start:.1f} s")
         if out and not check_only:
-            save(merge(rows, out), out, not_run=_merge_notes(not_run, done, out))
+            save(merge(rows, out), out, not_run=merge_notes(not_run, done, out))
     return rows
 
 
@@ -119,19 +131,8 @@ def _load(folder: Path, device: str) -> tuple[Loaded, list[dict[str, str]]]:
                 raise peers.Missing("needs a GPU")
             loaded[peer] = peer.load(folder)
         except peers.Missing as error:
-            missing.append(_note(peer.WHO, "", "", str(error)))
+            missing.append(note(peer.WHO, "", "", str(error)))
     return loaded, missing
-
-
-def _note(who: str, impl: str, case: object, reason: str) -> dict[str, str]:
-    return {"who": who, "impl": impl, "case": str(case), "reason": reason}
-
-
-def _merge_notes(notes: list[dict[str, str]], cases: Sequence[Case], out: str) -> list[dict[str, str]]:
-    """`notes` on these cases and on missing peers, and what `out` holds on other cases."""
-    older = json.loads(Path(out).read_text()).get("not_run", []) if Path(out).exists() else []
-    met = {"", *map(str, cases)}
-    return [note for note in older if note["case"] not in met] + notes
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _contenders(problem: Problem, loaded: Loaded) -> tuple[list[Contender], list
             continue
         reasons = [] if cell is None else sum(dispatch.unmet(cell, shape), [])
         if reasons:
-            notes.append(_note(OURS, impl, case, "; ".join(reasons)))
+            notes.append(note(OURS, impl, case, "; ".join(reasons)))
             continue
 
         def ours(q: Tensor, k: Tensor, v: Tensor, impl: str = impl) -> Tensor:
@@ -204,7 +205,7 @@ def _contenders(problem: Problem, loaded: Loaded) -> tuple[list[Contender], list
         found.append(Contender(OURS, impl, "attend_selected", lambda ours=ours: ours, captures=True))
     for peer, variant in loaded.items() if case.peers else ():
         if reason := peer.refuses(case):
-            notes.append(_note(peer.WHO, variant, case, reason))
+            notes.append(note(peer.WHO, variant, case, reason))
             continue
         op = getattr(peer, "OP", "attend_selected")
         found.append(Contender(peer.WHO, variant, op, lambda peer=peer: peer.prepare(problem), peer.CAPTURES))
@@ -218,7 +219,7 @@ def _bench(
     try:
         problem = make_problem(case, device)
     except (ValueError, ImportError) as error:
-        return [], [_note(OURS, "", case, f"no such selection here: {error}")]
+        return [], [note(OURS, "", case, f"no such selection here: {error}")]
     contenders, notes = _contenders(problem, loaded)
     truths = {op: Truth(problem, op) for op in sorted({c.op for c in contenders})}
     dy = torch.randn_like(problem.q[..., :1]).expand(-1, -1, case.v_head_dim).contiguous()
@@ -237,7 +238,7 @@ def _bench(
                     replace(job, impl=f"{job.impl} graph", call=r) for job, r in zip(jobs[-2:], replays, strict=True)
                 ]
         except Exception as error:  # noqa: BLE001  whatever a contender raises is its result; the others go on
-            notes.append(_note(contender.who, contender.impl, case, f"{type(error).__name__}: {str(error)[:300]}"))
+            notes.append(note(contender.who, contender.impl, case, f"{type(error).__name__}: {str(error)[:300]}"))
             if device == "cuda":
                 torch.cuda.synchronize()  # raises if the device is lost
     pairs = {
@@ -350,16 +351,16 @@ def summary(path: str | Path) -> str:
     for B, N, group in sorted({(row.B, row.N, row.Hq // row.Hkv) for row in rows}):
         here = [row for row in rows if (row.B, row.N, row.Hq // row.Hkv) == (B, N, group)]
         case = Case(group=group, block=B, num_selected=N, slack=1.0)
-        cells = [_pair(target_ms(case, "forward"), target_ms(case, "backward"), True)]
+        cells = [pair(target_ms(case, "forward"), target_ms(case, "backward"), True)]
         for who, impl in columns:
             mine = {r.direction: r for r in here if r.who == who and impl in ("", r.impl)}
             forward, backward = (mine[d].ms if d in mine else None for d in ("forward", "backward"))
-            cells.append(_pair(forward, backward, all(r.ok for r in mine.values())))
+            cells.append(pair(forward, backward, all(r.ok for r in mine.values())))
         lines.append(f"| ({B}, {N}) | {group} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _pair(forward: float | None, backward: float | None, ok: bool) -> str:
+def pair(forward: float | None, backward: float | None, ok: bool) -> str:
     """Two times as text, marked where the result is wrong."""
     if forward is None and backward is None:
         return ""

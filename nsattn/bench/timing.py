@@ -144,6 +144,22 @@ def merge(rows: Sequence[Row], out: str) -> list[Row]:
     return [row for row in older_rows(out) if tuple(getattr(row, name) for name in KEY) not in new] + list(rows)
 
 
+def note(who: str, impl: str, case: object, reason: str) -> dict[str, str]:
+    """Why something was not timed; an empty case stands for all of them."""
+    return {"who": who, "impl": impl, "case": str(case), "reason": reason}
+
+
+def merge_notes(notes: list[dict[str, str]], cases: Sequence[object], out: str) -> list[dict[str, str]]:
+    """`notes` on these cases and on missing peers, and what `out` holds on other cases."""
+    met = {"", *map(str, cases)}
+    return [older for older in older_notes(out) if older["case"] not in met] + notes
+
+
+def older_notes(out: str) -> list[dict[str, str]]:
+    """What file `out`, if it exists, says was not timed."""
+    return json.loads(Path(out).read_text()).get("not_run", []) if Path(out).is_file() else []
+
+
 def older_rows(out: str) -> list[Row]:
     """All rows of file `out`, to which this machine adds its own; none if it does not exist yet.
 

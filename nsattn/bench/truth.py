@@ -1,4 +1,4 @@
-"""What the results of `nsattn bench selected` are judged by."""
+"""What the results of `nsattn bench selected`, and those of peers in `nsattn bench attention`, are judged by."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Truth:
         q, k, v = (x.detach().to(dtype) for x in self.leaves)
         leaves = [x.requires_grad_() for x in (q[-self.rows :], k, v)]
         extra = (self.selection,) if op == "attend_selected" else ()
-        function = getattr(reference, op if op == "attend_selected" else "attend_window")
+        function = getattr(reference, "attend_window" if op == "dense causal" else op)  # a window of everything
         o = function(*leaves, *extra, self.plan, scale=q.shape[-1] ** -0.5)[0]
         return o.detach(), *torch.autograd.grad(o, leaves, self.dy.to(dtype))
 

@@ -20,9 +20,9 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
     """Run all benches, then draw what their files hold; what is not done is named in `session.left`."""
     steps: dict[str, Callable[[], object]] = {
         "selected": lambda: selected.run(out=f"{out}/selected.json", folder=peers, session=session, echo=echo),
-        "attention": lambda: attention.run(out=f"{out}/attention.json", session=session, echo=echo),
+        "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
-        "model": lambda: model.run(out=f"{out}/models.json", session=session, echo=echo),
+        "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
         "pictures": lambda: _draw(out, echo),
         "report": lambda: _report(out, echo),
     }
@@ -49,10 +49,13 @@ def _report(out: Path, echo: Echo) -> None:
 
 
 def _show(out: Path, echo: Echo) -> None:
-    """The README's table and the site's picture of times, as the tests want them."""
+    """The README's table, the site's picture of times and its page on the paper, as the tests want them."""
+    from nsattn.bench.paper import write
+
     readme, table = ROOT / "README.md", attention.summary(out / "attention.json")
     text = readme.read_text(encoding="utf-8")
     start, end = "<!-- times -->\n", "\n<!-- end -->"
     readme.write_text(re.sub(f"(?<={start}).*?(?={end})", lambda _: table, text, flags=re.S), encoding="utf-8")
     subprocess.run([sys.executable, str(ROOT / "docs" / "figures.py")], check=True)
-    echo(f"wrote {readme} and {ROOT / 'docs' / 'pictures'}")
+    write(out, ROOT / "docs" / "paper.md")
+    echo(f"wrote {readme}, {ROOT / 'docs' / 'paper.md'} and {ROOT / 'docs' / 'pictures'}")

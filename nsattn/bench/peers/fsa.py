@@ -36,7 +36,12 @@ def refuses(case: Case) -> str:
 
 
 def prepare(problem: Problem) -> Call:
-    return varlen_call(import_module(MODULE).FSATopkSparseAttention.apply, problem)
+    return varlen_call(selected(), problem)
+
+
+def selected() -> Any:
+    """Its function, with the arguments of `varlen_call`."""
+    return import_module(MODULE).FSATopkSparseAttention.apply
 
 
 def varlen_call(attend: Any, problem: Problem) -> Call:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nsattn.bench.peers import Call, Problem, import_from
 from nsattn.bench.peers.fsa import FOLDER, URL, refuses, varlen_call
 
-__all__ = ["CAPTURES", "WHO", "load", "prepare", "refuses"]
+__all__ = ["CAPTURES", "WHO", "load", "prepare", "refuses", "selected"]
 
 WHO = "nsa_ref"
 CAPTURES = False
@@ -21,4 +22,9 @@ def load(folder: Path) -> str:
 
 
 def prepare(problem: Problem) -> Call:
-    return varlen_call(import_module(MODULE).TopkSparseAttention.apply, problem)
+    return varlen_call(selected(), problem)
+
+
+def selected() -> Any:
+    """Its function, with the arguments of `varlen_call`."""
+    return import_module(MODULE).TopkSparseAttention.apply
