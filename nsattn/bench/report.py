@@ -18,9 +18,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-from nsattn.bench.model import ModelRow, speedups
+from nsattn.bench.model import ModelRow, overheads, speedups
 from nsattn.bench.model import read as read_models
+from nsattn.bench.plots import speedup_figure
 from nsattn.bench.timing import Row, read_rows
 
 DIRECTIONS = ("forward", "backward")
@@ -54,6 +56,7 @@ def write(results: Path, out: Path) -> Path:
         ("Memory beyond inputs and outputs", _memory(attention)),
         ("A decoding step", _decoding(rows.get("decode", []))),
         ("Models", _models(models)),
+        ("What a module adds to its kernels", _overheads(models)),
         ("What the Flash Sparse Attention paper claims", _claims(selected, models)),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +190,19 @@ def _models(rows: list[ModelRow]) -> str:
         for model, T, (B, N), phase, dense, vanilla in speedups(rows)
     ]
     head = ("model", "tokens", "(B, N)", "phase", "over dense", "over the vanilla schedule")
+    if not lines:
+        return _missing("models")
+    figures = [speedup_figure([r for r in rows if (r.B, r.N) == pair]) for pair in sorted({(r.B, r.N) for r in rows})]
+    return "".join(_svg(figure) for figure in figures if figure is not None) + _table((head, lines))
+
+
+def _overheads(rows: list[ModelRow]) -> str:
+    """One attention module without projections and norms, forward and backward, beside the kernels that it calls."""
+    lines = [
+        [model, str(T), f"({B}, {N})", f"{ms:.2f}", f"{kernels:.2f}", f"{share:.1%}"]
+        for model, T, (B, N), ms, kernels, share in overheads(rows)
+    ]
+    head = ("model", "tokens", "(B, N)", "module, ms", "kernels, ms", "added")
     return _table((head, lines)) if lines else _missing("models")
 
 
@@ -234,14 +250,20 @@ def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour
 
 def _figure(draw: Callable[[Any, str], None]) -> str:
     """Forward and backward side by side, as SVG."""
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsattn", "font.size": 9}):
+    with plt.rc_context({"font.size": 9}):
         figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for axes, direction in zip(both, DIRECTIONS, strict=True):
             draw(axes, direction)
             axes.grid(alpha=0.25)
-        text = io.StringIO()
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """A figure inside the page; it is closed."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsattn"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
+    plt.close(figure)
     svg = text.getvalue()
     return f'<div class="wide">{svg[svg.index("<svg"):]}</div>'
 
