@@ -24,7 +24,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor
     """Rotary embedding of `x` `[T, H, D]` with tables `[T, 1, D]`: pairs (i, i + D/2) turn. Result in the dtype of x.
 
     On a GPU one kernel reads x once, computes in float32 and rounds once (`impl="reference"`: the lines below). Written
-    out in torch it moves five times as many bytes, which is a tenth of the attention's time at 32K tokens.
+    out in torch it moves six times as many bytes, 7 % of the attention's time at 32K tokens and 32/8 heads.
     """
     if x.is_cuda and impl != "reference":
         return branches.rotate(x, cos, sin)

@@ -98,7 +98,7 @@ def speedup_figure(rows: Sequence[model.ModelRow]) -> Figure | None:
                 if points:
                     axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=phase)
             axis.axhline(1, color="#555555", lw=1, ls=":")
-            axis.set(xscale="log", ylim=(0, None))
+            axis.set(xscale="log", ylim=(0, 1.1 * max(1, *(key[number] for key in found))))
             axis.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(True, which="major", color="#dddddd", lw=0.8)
