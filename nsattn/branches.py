@@ -89,6 +89,11 @@ def nsa_decode(
     )
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by the kernel. See `nsattn.rotary.rotate`."""
+    return _rotate(_rows(x), _rows(cos), _rows(sin), False)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Kernels take any strides of rows and heads, but head vectors must be contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -297,3 +302,32 @@ def _combine_backward(ctx, do):
 
 
 _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+# rotate
+
+
+@torch.library.custom_op("nsattn::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    from nsattn import rotary_triton
+
+    with _on(x):
+        return rotary_triton.rotate(x, cos, sin, backward=backward)
+
+
+@_rotate.register_fake
+def _(x, cos, sin, backward):
+    return _new(x, *x.shape)
+
+
+def _rotate_setup(ctx, inputs, output):
+    _, cos, sin, backward = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.transposed = not backward
+
+
+def _rotate_backward(ctx, dy):
+    return _rotate(_rows(dy), *ctx.saved_tensors, ctx.transposed), None, None, None
+
+
+_rotate.register_autograd(_rotate_backward, setup_context=_rotate_setup)

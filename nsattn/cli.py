@@ -240,11 +240,11 @@ def bench_all(
 
 @bench.command("plot")
 @_bad_parameters()
-def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected")]) -> None:
-    """Draw time against the group and against the length, as PNG beside the results."""
-    from nsattn.bench.plots import draw
+def bench_plot(results: Annotated[Path, typer.Argument(help="JSON file of nsattn bench selected or model")]) -> None:
+    """Draw as PNG beside the results: times against the group and the length, or speed-ups of models (models.json)."""
+    from nsattn.bench.plots import draw, draw_models
 
-    for picture in draw(results):
+    for picture in (draw_models if results.stem.startswith("models") else draw)(results):
         typer.echo(str(picture))
 
 

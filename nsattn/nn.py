@@ -12,6 +12,7 @@ from nsattn.cache import LayerCache, Step
 from nsattn.config import NSAConfig
 from nsattn.decode import nsa_decode
 from nsattn.plan import Plan, compressed_positions, make_plan, positions, uniform_cu_seqlens
+from nsattn.rotary import rotary_tables, rotate
 
 
 class Compressor(nn.Module):
@@ -175,13 +176,13 @@ class NSAttention(nn.Module):
         sources = (k[0], v[0])
         if cache is not None and step is not None:
             sources = cache.extend(step, *sources)
-        k_cmp = apply_rope(self.compress_k(sources[0], new, impl=self.impl), t_cmp, self.rope_theta)
+        tables, tables_cmp = (rotary_tables(p, self.head_dim, self.rope_theta, q.dtype) for p in (t, t_cmp))
+        k_cmp = rotate(self.compress_k(sources[0], new, impl=self.impl), *tables_cmp, impl=self.impl)
         v_cmp = self.compress_v(sources[1], new, impl=self.impl)
-        q = apply_rope(q, t, self.rope_theta)
-        kept = {"k": apply_rope(k[0], t, self.rope_theta), "v": v[0], "k_cmp": k_cmp, "v_cmp": v_cmp}
+        q, *k = (rotate(y, *tables, impl=self.impl) for y in (q, *k[-2:]))  # of three, the first is only compressed
+        kept = {"k": k[0], "v": v[-2:][0], "k_cmp": k_cmp, "v_cmp": v_cmp}
         if self.branches == 3:
-            kept |= {"k": apply_rope(k[1], t, self.rope_theta), "v": v[1]}
-            kept |= {"k_win": apply_rope(k[2], t, self.rope_theta), "v_win": v[2]}
+            kept |= {"k_win": k[1], "v_win": v[2]}
         if cache is not None and step is not None:
             o, block_idx = attend_cached(q, gates, cache.append(step, **kept), step, impl=self.impl)
         else:
@@ -231,17 +232,3 @@ def attend_cached(
     out = api.nsa_attention(step.pack(q), **packed, gates=step.pack(gates), plan=step.plan, **options)
     assert isinstance(out, api.NSAOutput)
     return step.unpack(out.o), step.unpack(out.block_idx)
-
-
-def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of `x` `[T, H, D]` at `positions` `[T]`: pairs (i, i + D/2) turn by position * theta^(-2i/D).
-
-    Angles and the rotation in float32 (float64 for float64 input); result in the dtype of x.
-    """
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=kind) / half)
-    angle = (positions.to(kind)[:, None] * frequency)[:, None]
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half].to(kind), x[..., half:].to(kind)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -519,7 +519,8 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     assert sit() == []
     files = {path.name: path.read_bytes() for path in (tmp_path / "cpu").glob("*.json")}
     assert set(files) == {"selected.json", "attention.json", "decode.json", "models.json"}
-    assert {"report.html", "selected_groups_16x3.png"} <= {path.name for path in (tmp_path / "cpu").iterdir()}
+    made = {path.name for path in (tmp_path / "cpu").iterdir()}
+    assert {"report.html", "selected_groups_16x3.png", "models_16x4.png"} <= made
     assert sit() == [] and files == {name: (tmp_path / "cpu" / name).read_bytes() for name in files}  # all there
     assert sit(limit=0, again=True) == parts
     monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
@@ -546,13 +547,62 @@ def test_models_run_without_a_gpu(tmp_path):
     said, out = [], str(tmp_path / "models.json")
     rows = model.run(out=out, echo=said.append)
     assert "No GPU" in said[0]
-    assert {(r.phase, r.attention) for r in rows} == {(p, a) for p in model.PHASES for a in model.ATTENTION}
+    both = {(p, a) for p in model.PHASES for a in model.ATTENTION}
+    assert {(r.phase, r.attention) for r in rows} == both | {("overhead", "auto")}
     assert model.run(out=out, echo=said.append) == rows == model.read(out)  # nothing is timed twice
     speedups = list(model.speedups(rows))
     assert [key[3] for key in speedups] == sorted(model.PHASES) and all(s[4] > 0 for s in speedups)
+    (*key, ms, kernel_ms, share), = model.overheads(rows)
+    assert key == ["tiny", 96, (16, 4)] and min(ms, kernel_ms) > 0 and share == pytest.approx(ms / kernel_ms - 1)
     with pytest.raises(ValueError, match="models are Llama-3-8B.*got GPT-5"):
         model.run(models="GPT-5", echo=said.append)
     assert all(r.ok for r in rows) and len(model.ratios(rows, "qmajor", "auto", "train")) == 1
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
         model.read(tmp_path / "bad.json")
+
+
+def test_pictures_of_models(tmp_path):
+    """One for each (B, N) that has something to compare."""
+    from nsattn.bench import model, plots
+
+    def row(kind, phase, T, B, ms):
+        N = 1024 // B
+        return model.ModelRow("x", "Llama-3-8B", 2, T, B, N, phase, kind, ms, 1.0, 1.0, "abc")
+
+    rows = [row(kind, phase, T, 64, ms) for phase in model.PHASES for T in (8192, 65536)
+            for kind, ms in (("dense", 9.0), ("qmajor", 6.0), ("auto", 3.0))]
+    rows.append(row("auto", "train", 8192, 128, 1.0))  # nothing beside it
+    model.save(rows, str(tmp_path / "models.json"))
+    assert plots.draw_models(tmp_path / "models.json") == [tmp_path / "models_64x16.png"]
+    figure = plots.speedup_figure(rows[:-1])
+    assert figure is not None
+    above, below = figure.axes
+    assert [list(line.get_ydata()) for line in above.lines[:3]] == [[3.0, 3.0]] * 3
+    assert [list(line.get_ydata()) for line in below.lines[:3]] == [[2.0, 2.0]] * 3
+    model.save(rows[-1:], str(tmp_path / "models.json"))
+    with pytest.raises(ValueError, match="no case with both dense attention and NSA"):
+        plots.draw_models(tmp_path / "models.json")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_overhead_compares_the_same_work(family):
+    """The module and its kernels alone give the same output and reach the same weights, for every family."""
+    pytest.importorskip("transformers")
+    from nsattn.bench import model
+
+    (sizes, config), = model.TINY_SIZES.items()
+    made = model._model({**model.TINY["tiny"], "family": family}, 1, "auto", config, "cpu", torch.float32)
+    module, kernels, leaves = model._parts(made, 96)
+    grads = []
+    for call in (module, kernels):
+        y = call()
+        torch.testing.assert_close(y.flatten(), kernels().flatten())
+        y.square().sum().backward()
+        grads.append([p.grad.clone() for p in made.layers[0].self_attn.compress_k.parameters()])
+        assert sum(x.grad is not None for x in leaves) >= 8
+        for x in leaves:
+            x.grad = None
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert model._overhead(("tiny", 96, *sizes), model.TINY["tiny"], config, "cpu").phase == model.OVERHEAD

@@ -65,9 +65,11 @@ def test_models(tmp_path):
     sizes = {"layers": 2, "T": 65536, "B": 64, "N": 16, "attention_ms": 1.0, "peak_gib": 1.0, "commit": "abc"}
     rows = [model.ModelRow("x", "Llama-3-8B", phase="train", attention=kind, ms=ms, **sizes)
             for kind, ms in (("dense", 90.0), ("qmajor", 60.0), ("auto", 50.0))]
+    rows.append(replace(rows[-1], phase="overhead", ms=21.0, attention_ms=20.0, layers=1))
     model.save(rows, str(tmp_path / "models.json"))
     text = page(tmp_path)
-    assert "<td>train</td><td>1.80x</td><td>1.20x</td>" in section(text, "Models")
+    assert "<td>train</td><td>1.80x</td><td>1.20x</td>" in section(text, "Models") and "<svg" in section(text, "Models")
+    assert "<td>21.00</td><td>20.00</td><td>5.0%</td>" in section(text, "What a module adds to its kernels")
     assert "up to 1.20x" in section(text, "What the Flash Sparse Attention paper claims")
 
 

@@ -26,12 +26,13 @@ ARROWS = {
     "plan": {"config"},
     "dispatch": set(),
     "checks": {"config", "plan"},
-    "branches": {"config", "dispatch", "plan", "kernels.reference"},
+    "branches": {"config", "dispatch", "plan", "kernels.reference", "rotary_triton"},
+    "rotary": {"branches"},
     "api": {"branches", "checks", "dispatch", "config", "plan"},
     "checkpoint": {"branches"},
     "decode": {"api", "branches", "checks", "dispatch", "config"},
     "cache": {"checks", "config", "plan"},
-    "nn": {"api", "cache", "checks", "config", "decode", "plan"},
+    "nn": {"api", "cache", "checks", "config", "decode", "plan", "rotary"},
     "kernels.reference": {"config", "plan"},
 }
 

@@ -8,6 +8,11 @@ those of its `nsa_ref`, in the place of ours; compression and gates stay ours. `
 blocks it selected, gives what the reference does; theirs select by the first query head of a group (`fsa_branches`).
 `attention_ms` is what a step takes beyond one whose attention returns the values: scores,
 softmax, and for NSA compression, selection and gates.
+
+The phase `overhead` is about one attention module, forward and backward, without its projections and norms: `ms` is all
+of it, `attention_ms` its kernels alone on the same tensors: compression and `nsattn.nsa_attention` (and the rotation of
+the few compressed keys). Between the two lie rotation, the sigmoid of the gates, and whatever copies. What the model
+does once for all its layers, the plan and the tables of the rotation, is in neither.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from nsattn.bench.session import Session
 from nsattn.bench.timing import Echo, interleave, one_machine, peak_beyond
 from nsattn.environment import commit, environment
 from nsattn.plan import Plan, make_plan
+from nsattn.rotary import rotate
 
 # Public config.json files: meta-llama/Llama-3.1-8B, Qwen/Qwen3-14B, Qwen/Qwen2.5-32B on huggingface.co.
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,6 +61,7 @@ TINY_SIZES = {(16, 4): nsattn.NSAConfig(8, 4, 16, 4, 20)}
 ATTENTION = ("dense", "qmajor", "auto")
 PEERS = {"fsa": fsa, "nsa_ref": nsa_ref}  # attention -> adapter
 PHASES = ("train", "train+opt", "prefill")
+OVERHEAD = "overhead"
 
 
 @dataclass
@@ -112,6 +119,7 @@ def run(
         for num in range(layers, 0, -1):
             try:
                 new = _bench(case, shapes[name], sizes[B, N], num, device, loaded, echo)
+                new.append(_overhead(case, shapes[name], sizes[B, N], device))
                 break
             except torch.cuda.OutOfMemoryError:
                 gc.collect()
@@ -225,6 +233,93 @@ def _right(
         return tail.agrees(out.o, lambda dtype: tail.whole(dtype, out.block_idx, gates))
 
 
+def _overhead(
+    case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, device: str
+) -> ModelRow:
+    """The row of phase `overhead`."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = _model(shape, 1, "auto", config, device, dtype)
+    module, kernels, leaves = _parts(model, case[1])
+    dy = torch.randn_like(kernels())
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            y = forward()
+            y.backward(dy.view_as(y))
+            for x in leaves:
+                x.grad = None
+            return y.detach()
+
+        return call
+
+    calls = [step(module), step(kernels)]
+    results = [call() for call in calls]
+    torch.testing.assert_close(results[0].flatten(), results[1].flatten())  # else they are not the same work
+    peak = peak_beyond(calls[0], device)[1]
+    ms, kernel_ms = (times[0] for times in interleave(calls, device))
+    return ModelRow(
+        who="nsattn", layers=1, **_fields(case), phase=OVERHEAD, attention="auto", ms=ms, attention_ms=kernel_ms,
+        peak_gib=peak, commit=commit(),
+    )  # fmt: skip
+
+
+def _parts(model: Any, T: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]:
+    """(attention module of layer 0 without projections and norms, its kernels alone, leaves that get gradients).
+
+    Projections return leaves that stand for their results, so that no product is timed; the kernels get what the module
+    gives them, as leaves too.
+    """
+    attention, like = model.layers[0].self_attn, model.norm.weight
+    seen: dict[str, Any] = {}
+    hook = attention.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
+    with torch.no_grad():
+        model(inputs_embeds=torch.randn(1, T, len(like), device=like.device, dtype=like.dtype) * 0.02, use_cache=False)
+    hook.remove()
+    attention.o_proj = torch.nn.Identity()
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            setattr(attention, name, torch.nn.Identity())
+    leaves = [*attention.compress_k.parameters(), *attention.compress_v.parameters()]
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
+    def project(name: str) -> Tensor:
+        """Put a leaf in the place of a projection; returns a tensor like its result, in heads."""
+        features = getattr(attention, name).out_features
+        given = leaf(torch.randn(T, features, device=like.device, dtype=like.dtype))
+        setattr(attention, name, _Given(given))
+        return given.detach().unflatten(-1, (-1, 3 if name == "gate_proj" else attention.head_dim))
+
+    batch, impl = seen["nsa"], attention.config.nsa_impl
+    tables = [x[0][:, None] for x in seen["position_embeddings"]]
+    source_k, v = leaf(project("k_proj")), leaf(project("v_proj"))
+    q, k = (leaf(rotate(x, *tables, impl=impl)) for x in (project("q_proj"), source_k.detach()))
+    gates = leaf(project("gate_proj").sigmoid())
+
+    def kernels() -> Tensor:
+        k_cmp = attention.compress_k(source_k, batch.plan, impl=impl)
+        k_cmp = rotate(k_cmp, batch.cos_cmp, batch.sin_cmp, impl=impl)
+        v_cmp = attention.compress_v(v, batch.plan, impl=impl)
+        o = nsattn.nsa_attention(q, k, v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, plan=batch.plan, impl=impl)
+        assert isinstance(o, Tensor), "no log-sum-exps asked for"
+        return o
+
+    return lambda: attention(**seen)[0], kernels, leaves
+
+
+class _Given(torch.nn.Module):
+    """In the place of a projection: returns what it is given."""
+
+    def __init__(self, result: Tensor) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Any) -> Tensor:
+        return self.result
+
+
 def _model(
     shape: dict[str, Any], layers: int, kind: str, config: nsattn.NSAConfig, device: str, dtype: torch.dtype
 ) -> Any:
@@ -317,3 +412,9 @@ def speedups(rows: list[ModelRow]) -> Iterator[tuple[str, int, tuple[int, int], 
         dense, vanilla, ours = (times.get((*key, kind)) for kind in ATTENTION)
         if dense and vanilla and ours:
             yield *key, dense / ours, vanilla / ours
+
+
+def overheads(rows: list[ModelRow]) -> Iterator[tuple[str, int, tuple[int, int], float, float, float]]:
+    """(model, T, (B, N), ms of the module without projections, ms of its kernels, what it adds to them as a share)."""
+    for r in sorted((r for r in rows if r.phase == OVERHEAD), key=lambda r: (r.model, r.T, r.B, r.N)):
+        yield r.model, r.T, (r.B, r.N), r.ms, r.attention_ms, r.ms / r.attention_ms - 1

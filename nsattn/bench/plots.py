@@ -1,4 +1,4 @@
-"""The pictures of `selected.json`, time against the group and against the length, and those of docs/paper.md."""
+"""The pictures of `selected.json`, times against the group and the length, of `models.json`, and of docs/paper.md."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from nsattn.bench import model
 from nsattn.bench.cases import PAPER, PAPER_GROUPS, Case, target_ms
 from nsattn.bench.paper import DIRECTIONS, HEADS, NAMES, OPERATIONS, PROJECTS, Times, lengths, parts
 from nsattn.bench.timing import OURS, Row, read_rows
@@ -30,6 +31,8 @@ STYLES = {  # who -> label, colour, marker
     "torch": ("dense, cuDNN", "#555555", "x"),
 }
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55")  # of `OPERATIONS`
+
+PHASES = dict(zip(model.PHASES, (("#d1362a", "o"), ("#b07d12", "^"), ("#1f5fa8", "s")), strict=True))
 
 
 def draw(path: str | Path) -> list[Path]:
@@ -57,6 +60,60 @@ def draw(path: str | Path) -> list[Path]:
     if not written:
         raise ValueError(f"{path} has no rows of the sets target or lengths. Run nsattn bench selected.")
     return written
+
+
+def draw_models(path: str | Path) -> list[Path]:
+    """Write the pictures of a `models.json` beside it: one for every (B, N).
+
+    Raises:
+        ValueError: the file is no results file of `nsattn bench model`, or has nothing to compare.
+    """
+    rows, written = model.read(path), []
+    for B, N in sorted({(r.B, r.N) for r in rows}):
+        figure = speedup_figure([r for r in rows if (r.B, r.N) == (B, N)])
+        if figure is not None:
+            written.append(Path(f"{Path(path).with_suffix('')}_{B}x{N}.png"))
+            figure.savefig(written[-1], dpi=DPI)
+            plt.close(figure)
+    if not written:
+        raise ValueError(f"{path} has no case with both dense attention and NSA. Run nsattn bench model.")
+    return written
+
+
+def speedup_figure(rows: Sequence[model.ModelRow]) -> Figure | None:
+    """Speed-up over dense (above) and over the vanilla schedule (below) against the length, a column for each model.
+
+    `rows` are of one (B, N). None where they hold nothing to compare.
+    """
+    found = [(key[0], key[1], key[3], key[4:]) for key in model.speedups(list(rows))]
+    names = [name for name in (*model.MODELS, *model.TINY) if any(name == key[0] for key in found)]
+    if not names:
+        return None
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(1.5 + 3.2 * len(names), 5.6), sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    steps = sorted({T for _, T, *_ in found})
+    for column, name in zip(axes.T, names, strict=True):
+        for side, axis in enumerate(column):
+            for phase, (colour, marker) in PHASES.items():
+                points = sorted((T, times[side]) for kind, T, of, times in found if (kind, of) == (name, phase))
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=phase)
+            axis.axhline(1, color="#555555", lw=1, ls=":")
+            axis.set(xscale="log", ylim=(0, 1.1 * max(1, *(times[side] for *_, times in found))))
+            axis.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.grid(True, which="major", color="#dddddd", lw=0.8)
+            axis.spines[["top", "right"]].set_visible(False)
+        column[0].set_title(name, fontsize=11)
+        column[1].set_xlabel("tokens (T)")
+    axes[0, 0].set_ylabel("times faster than dense")
+    axes[1, 0].set_ylabel("than the vanilla schedule")
+    figure.suptitle(f"Layers with NSA, B = {rows[0].B}, N = {rows[0].N}", fontsize=12)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    return figure
 
 
 def _picture(

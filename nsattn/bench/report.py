@@ -18,12 +18,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from nsattn.bench import paper
-from nsattn.bench.model import ModelRow
+from nsattn.bench.model import ModelRow, overheads
 from nsattn.bench.model import read as read_models
 from nsattn.bench.paper import DIRECTIONS, HEADS, lengths
-from nsattn.bench.plots import stack
+from nsattn.bench.plots import speedup_figure, stack
 from nsattn.bench.timing import Row, read_rows
 
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3")
@@ -54,6 +55,7 @@ def write(results: Path, out: Path) -> Path:
         ("Memory beyond inputs and outputs", _memory(attention)),
         ("A decoding step", _decoding(rows.get("decode", []))),
         ("Models", _models(models)),
+        ("What a module adds to its kernels", _overheads(models)),
         ("What the Flash Sparse Attention paper claims", _table(paper.claims(paper.read(results)))),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,20 @@ def _decoding(rows: list[Row]) -> str:
 
 def _models(rows: list[ModelRow]) -> str:
     table = paper.model_table(rows)
-    return _table(table) if table[1] else _missing("models")
+    if not table[1]:
+        return _missing("models")
+    figures = [speedup_figure([r for r in rows if (r.B, r.N) == pair]) for pair in sorted({(r.B, r.N) for r in rows})]
+    return "".join(_svg(figure) for figure in figures if figure is not None) + _table(table)
+
+
+def _overheads(rows: list[ModelRow]) -> str:
+    """One attention module without projections and norms, forward and backward, beside the kernels that it calls."""
+    lines = [
+        [model, str(T), f"({B}, {N})", f"{ms:.2f}", f"{kernels:.2f}", f"{share:.1%}"]
+        for model, T, (B, N), ms, kernels, share in overheads(rows)
+    ]
+    head = ("model", "tokens", "(B, N)", "module, ms", "kernels, ms", "added")
+    return _table((head, lines)) if lines else _missing("models")
 
 
 def _mean(x: Sequence[float]) -> float:
@@ -176,14 +191,20 @@ def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour
 
 def _figure(draw: Callable[[Any, str], None]) -> str:
     """Forward and backward side by side, as SVG."""
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsattn", "font.size": 9}):
+    with plt.rc_context({"font.size": 9}):
         figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for axes, direction in zip(both, DIRECTIONS, strict=True):
             draw(axes, direction)
             axes.grid(alpha=0.25)
-        text = io.StringIO()
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """A figure inside the page; it is closed."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsattn"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
+    plt.close(figure)
     svg = text.getvalue()
     return f'<div class="wide">{svg[svg.index("<svg"):]}</div>'
 

@@ -36,10 +36,12 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
 
 
 def _draw(out: Path, echo: Echo) -> None:
-    from nsattn.bench.plots import draw
+    from nsattn.bench.plots import draw, draw_models
 
-    for picture in draw(out / "selected.json"):
-        echo(f"wrote {picture}")
+    for name, function in (("models.json", draw_models), ("selected.json", draw)):
+        if name == "selected.json" or (out / name).exists():  # the models need transformers
+            for picture in function(out / name):
+                echo(f"wrote {picture}")
 
 
 def _report(out: Path, echo: Echo) -> None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsattn.config import NSAConfig
-from nsattn.nn import NSAttention, apply_rope
+from nsattn.nn import NSAttention
 from nsattn.plan import make_plan, uniform_cu_seqlens
+from nsattn.rotary import rotary_tables, rotate
 
 VOCABULARY = 256  # every byte is a token
 ATTENTIONS = ("nsa", "full")
@@ -67,7 +68,8 @@ class FullAttention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         t = torch.arange(length, device=x.device).repeat(batch)
-        q, k = (apply_rope(y.flatten(0, 1), t, self.rope_theta).view_as(y) for y in (q, k))
+        tables = rotary_tables(t, self.head_dim, self.rope_theta, q.dtype)
+        q, k = (rotate(y.flatten(0, 1), *tables).view_as(y) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(o.transpose(1, 2).flatten(2))

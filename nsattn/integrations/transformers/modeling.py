@@ -11,7 +11,7 @@ from transformers.initialization import copy_, zeros_  # pyright: ignore[reportM
 from transformers.masking_utils import create_causal_mask  # pyright: ignore[reportMissingImports]
 from transformers.modeling_utils import PreTrainedModel  # pyright: ignore[reportMissingImports]
 from transformers.models.llama import LlamaForCausalLM, LlamaModel  # pyright: ignore[reportMissingImports]
-from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half  # pyright: ignore[reportMissingImports]
+from transformers.models.llama.modeling_llama import LlamaAttention  # pyright: ignore[reportMissingImports]
 from transformers.models.qwen2 import Qwen2ForCausalLM, Qwen2Model  # pyright: ignore[reportMissingImports]
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention  # pyright: ignore[reportMissingImports]
 from transformers.models.qwen3 import Qwen3ForCausalLM, Qwen3Model  # pyright: ignore[reportMissingImports]
@@ -24,6 +24,7 @@ from nsattn.integrations.transformers.cache import NSACache
 from nsattn.integrations.transformers.config import NSALlamaConfig, NSAQwen2Config, NSAQwen3Config
 from nsattn.nn import Compressor, attend_cached
 from nsattn.plan import Plan, make_plan, positions, rows_of, uniform_cu_seqlens
+from nsattn.rotary import rotate
 
 
 class Batch(NamedTuple):
@@ -94,9 +95,11 @@ class SparseAttention(nn.Module):
             cache = past_key_values.layers[self.layer_idx]
             new, (k_new, v_new) = step.new, cache.extend(step, k, v)
         assert new is not None, "without a cache there is a plan"
-        k_cmp = rotate(self.compress_k(k_new, new, impl=impl), nsa.cos_cmp, nsa.sin_cmp)
+        # Not the stock `apply_rotary_pos_emb`, which libraries replace by kernels that write into their input:
+        # compression needs the keys before rotation.
+        k_cmp = rotate(self.compress_k(k_new, new, impl=impl), nsa.cos_cmp, nsa.sin_cmp, impl=impl)
         v_cmp = self.compress_v(v_new, new, impl=impl)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin, impl=impl), rotate(k, cos, sin, impl=impl)
         options = {"softmax_scale": self.scaling, "impl": impl}
         if step is None or cache is None:
             o = api.nsa_attention(q, k, v, gates=gates, k_cmp=k_cmp, v_cmp=v_cmp, plan=nsa.plan, **options)
@@ -105,15 +108,6 @@ class SparseAttention(nn.Module):
             caches = cache.append(step, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp)
             o, _ = attend_cached(q, gates, caches, step, **options)
         return self.o_proj(o.flatten(1)).view(hidden_states.shape), None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[T, H, D]` as in the stock models.
-
-    Not their `apply_rotary_pos_emb`, which libraries replace by kernels that write into their input; compression needs
-    the keys before rotation.
-    """
-    return x * cos + rotate_half(x) * sin
 
 
 class NSAPreTrained:
