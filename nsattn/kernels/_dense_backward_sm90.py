@@ -1,10 +1,9 @@
 """Backward of the dense branches, Eq 8 and section 3.3.3, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
 
-Two passes. *dQ* is built like the forward in `_dense_sm90`: a program holds 128 rows of q and do, two warpgroups own
-64 each and do not wait for each other, keys and values of 64 a step pass through shared memory four deep. *dK, dV* is
-the gradient kernel of the selected branch over lists of runs, as in `_onepass_sm90`, without partial gradients of q.
-Seven products for each pair of a query and a key instead of the five of one pass, and no scratch that grows with both
-lengths.
+Two passes. *dQ* is built like the forward in `_dense_sm90`: a program holds 128 rows of q and do, two warpgroups own 64
+each and do not wait for each other, keys and values of 64 a step pass through shared memory four deep. *dK, dV* is the
+gradient kernel of the selected branch over lists of runs, as in `_onepass_sm90`, without partial gradients of q. Seven
+products for each pair of a query and a key instead of the five of one pass, and no scratch that grows with both lengths.
 """
 
 from __future__ import annotations
@@ -39,15 +38,11 @@ from nsattn.kernels._dense_sm90 import (
     slack,
     wait_for,
 )
-from nsattn.kernels._gradient import Gradient
-from nsattn.kernels._gradient_sm90 import aligned, gradient
-from nsattn.kernels._onepass_sm90 import key_blocks, key_gradients
-from nsattn.kernels._tile import LOG2E, row_delta
+from nsattn.kernels._gradient_sm90 import aligned
+from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
 
-BLOCK = 64  # keys that a program of dK, dV holds
-KEY_GRADIENT = Gradient(gradient, parts=1, fewest_pairs=1, rows_per_item=8192)
-BN = gl.constexpr(64)  # keys of a step of dQ
+BN = gl.constexpr(64)  # keys of a step
 STAGES = gl.constexpr(4)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 GRADIENT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # of q
@@ -186,11 +181,11 @@ def _dense_dq_sm90_kernel(
 
     o_first = (start_q + first).to(gl.int64) * num_heads + kv_head * G
     gl.warp_specialize([
-        (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty,
-                 v_empty, p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,
+        (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+                 p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,
                  0, G, STRIDE, SPAN, WINDOW)),
-        (_rows, (DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty,
-                 v_empty, p_v, sv_t8, len_keys, lo, steps, late, early, t, row + BM, scale, o_first, left, num_heads,
+        (_rows, (DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+                 p_v, sv_t8, len_keys, lo, steps, late, early, t, row + BM, scale, o_first, left, num_heads,
                  1, G, STRIDE, SPAN, WINDOW)),
     ], [4], [240])
 
@@ -209,19 +204,3 @@ def query_gradient(
             WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=248,
         )  # fmt: skip
     return dq
-
-
-def backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, keys: Keys, *,
-    scale: float, workspace: int, longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_dense.backward` on Hopper, D = Dv = 128; a sequence has at most `longest` keys."""
-    do, q, k, v = map(aligned, (do, q, k, v))
-    delta = row_delta(o, do, dlse)
-    rule = {"stride": keys.stride, "span": keys.span, "window": keys.window}
-    dq = query_gradient(do, q, k, v, lse, delta, plan, keys, scale=scale)
-    dk, dv = key_gradients(
-        do, q, k, v, lse, delta, plan, key_blocks(keys.cu, len(k), BLOCK, **rule), scale=scale, workspace=workspace,
-        kernel=KEY_GRADIENT, longest=longest,
-    )  # fmt: skip
-    return dq, dk, dv

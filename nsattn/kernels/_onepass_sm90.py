@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import Gradient, KeyBlocks, TakeDQ, walk_keys
+from nsattn.kernels._gradient import Gradient, KeyBlocks, walk_keys
 from nsattn.kernels._lists import BlockLists, Chunk, cut_lists, last_at_most
 from nsattn.kernels._tile import bounds, next_power_of_2, row_delta
 from nsattn.plan import Plan, cumulative
@@ -152,9 +152,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of attention to `keys`, of which a sequence has at most `longest`."""
     (_, Hq, D), G = q.shape, q.shape[1] // k.shape[1]
+    N = most_blocks(keys, longest)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     BD = next_power_of_2(D)
     BT = max(1, 2048 // BD)
+
+    def lists_of(chunk: Chunk) -> BlockLists:
+        return runs(plan, keys, chunk, N, pairs_per_item=kernel.pairs_per_item(chunk.group))
 
     def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
         _sum_run_dq_kernel[(triton.cdiv(chunk.rows, BT), chunk.heads * chunk.group)](
@@ -163,24 +167,9 @@ def backward(
             SUBS=kernel.parts, B=keys.size, STRIDE=keys.stride, SPAN=keys.span, BT=BT, num_warps=2,
         )  # fmt: skip
 
-    dk, dv = key_gradients(
-        do, q, k, v, lse, row_delta(o, do, dlse), plan, keys, scale=scale, workspace=workspace, kernel=kernel,
-        longest=longest, take_dq=sum_dq,
+    delta = row_delta(o, do, dlse)
+    dk, dv = walk_keys(
+        do, q, k, v, lse, delta, lists_of, N, plan, keys, scale=scale, workspace=workspace, kernel=kernel,
+        take_dq=sum_dq,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def key_gradients(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, keys: KeyBlocks, *,
-    scale: float, workspace: int, kernel: Gradient, longest: int, take_dq: TakeDQ | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of attention to `keys`. See `walk_keys`."""
-    N = most_blocks(keys, longest)
-
-    def lists_of(chunk: Chunk) -> BlockLists:
-        return runs(plan, keys, chunk, N, pairs_per_item=kernel.pairs_per_item(chunk.group))
-
-    return walk_keys(
-        do, q, k, v, lse, delta, lists_of, N, plan, keys, scale=scale, workspace=workspace, kernel=kernel,
-        take_dq=take_dq,
-    )  # fmt: skip
