@@ -216,8 +216,9 @@ def _rows(
 
 @gluon.jit
 def slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G: gl.constexpr):
-    """Where the 128 rows from `row` of the i-th pair lie if pairs are cut from the packed rows, and which of them belong
-    to no sequence. The table has at least total / PAIR entries, so the programs of a launch reach all of those."""
+    """Where the 128 rows from `row` of the i-th pair lie if pairs are cut from the packed rows, and which of them
+    belong to no sequence. The table has at least total / PAIR entries, so the programs of a launch reach all of those.
+    """
     r = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
     token = i_pair.to(gl.int64) * PAIR + r // G
     return token * num_heads + kv_head * G + r % G, (token >= gl.load(CU_Q + num_seqs)) & (token < total)
@@ -225,7 +226,7 @@ def slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G: gl.constexp
 
 @gluon.jit
 def fetch_queries(tile, P, start, row, left, stride_t8, stride_h8, kv_head, G: gl.constexpr):
-    """Start to copy 64 rows, from `row` of a pair whose first token is packed row `start`. Missing rows become zeros."""
+    """Start to copy 64 rows, from `row` of a pair whose first token is packed row `start`; missing ones are zeros."""
     r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     o = ((start + r // G).to(gl.int64) * stride_t8 + (kv_head * G + r % G) * stride_h8) * 8
