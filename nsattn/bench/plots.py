@@ -91,14 +91,15 @@ def speedup_figure(rows: Sequence[model.ModelRow]) -> Figure | None:
         layout="constrained",
     )  # fmt: skip
     steps = sorted({T for _, T, *_ in found})
+    tops = [1.1 * max(1, *ratios) for ratios in zip(*(key[4:] for key in found), strict=True)]
     for column, name in zip(axes.T, names, strict=True):
-        for axis, number in zip(column, (4, 5), strict=True):
+        for axis, number, top in zip(column, (4, 5), tops, strict=True):
             for phase, (colour, marker) in PHASES.items():
                 points = sorted((key[1], key[number]) for key in found if (key[0], key[3]) == (name, phase))
                 if points:
                     axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=phase)
             axis.axhline(1, color="#555555", lw=1, ls=":")
-            axis.set(xscale="log", ylim=(0, 1.1 * max(1, *(key[number] for key in found))))
+            axis.set(xscale="log", ylim=(0, top))
             axis.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(True, which="major", color="#dddddd", lw=0.8)
