@@ -1,7 +1,8 @@
 """What the site has beyond the Markdown files of docs/. mkdocs calls the `on_` functions, see mkdocs.yml.
 
 - A line `::: nsattn.name` becomes the signature and the docstring of that object, `::: table support` the support table
-  of `nsattn.dispatch`, and `::: table times` the table of benchmarks/results/h200/attention.json.
+  of `nsattn.dispatch`, `::: table times` and `::: table models` those of attention.json and models.json in
+  benchmarks/results/h200.
 - Pages from outside docs/ (`PAGES`) are part of the site.
 - Links go to files of the repository. Those that are no page of the site are copied into it.
 """
@@ -18,16 +19,18 @@ from typing import Any
 from mkdocs.structure.files import File
 
 from nsattn import dispatch
-from nsattn.bench import summary
+from nsattn.bench import model, summary
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h200"
 PAGES = (
     "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_hf/README.md", "benchmarks/README.md",
     "benchmarks/results/h200/verify.md",
 )  # fmt: skip
 TABLES = {
     "support": dispatch.support_table,
-    "times": lambda: summary(ROOT / "benchmarks" / "results" / "h200" / "attention.json"),
+    "times": lambda: summary(RESULTS / "attention.json"),
+    "models": lambda: model.summary(RESULTS / "models.json"),
 }
 DIRECTIVE = re.compile(r"^::: (.+)$", re.M)
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)")

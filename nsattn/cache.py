@@ -19,6 +19,9 @@ its own), `Bsz * C / d * Hkv * (D + Dv)` for compressed ones, `Bsz * (l - 1) * H
 `max_length + 1` with a `max_length`, else the columns so far plus at most a quarter and 256. A pass of S columns needs
 `Bsz * (l + S) * Hkv * (D + Dv)` more for a moment, beside what `nsattn.nsa_attention` needs. Nothing here waits for the
 device or recomputes an old block.
+
+A pass of one column can be captured in a CUDA graph: with a `max_length` and a first such pass before, all tensors stay
+where they are, and replays count tokens on the device. Tell `replayed` how many there were.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class Step(NamedTuple):
     new_rows: Tensor  # [Bsz * S] where new tokens go behind the tail
     tail_rows: Tensor  # [Bsz, l - 1] what of tail and new tokens is the next tail
     start: int  # columns before this pass
+    end: int  # and after it; the same while a CUDA graph is captured, which computes nothing yet
     size: int  # rows of a sequence's part in the buffers of keys and values
     cmp_size: int  # and in those of compressed ones
 
@@ -133,14 +137,31 @@ class CacheLengths:
                 f"the cache must hold at most max_length = {self.max_length} columns, got {self.columns} and {num} "
                 "more. Make it longer, or leave max_length out."
             )
-        start, self.columns = self.columns, self.columns + num
-        if self.columns >= self.size:
-            self.size = -(-max(self.columns + 1, self.size * 5 // 4) // GROW) * GROW
+        start, needed = self.columns, self.columns + num
+        if needed >= self.size:
+            self.size = -(-max(needed + 1, self.size * 5 // 4) // GROW) * GROW
+        if not capturing(device):
+            self.columns = needed
         kept = None if mask is None else mask.to(device).bool()
         added = torch.full_like(self.tokens, num) if kept is None else kept.sum(1, dtype=torch.int32)
         old = self.tokens.clone()
         self.tokens.add_(added)  # in place: a CUDA graph that replays this goes on counting
         return (self._single if num == 1 else self._several)(old, added, kept, num, start)
+
+    def replayed(self, num: int) -> None:
+        """Count the columns of `num` replays of a CUDA graph that holds a pass of one column.
+
+        Replays write keys and count `tokens` by themselves, but run no Python. Layers have to be told too.
+
+        Raises:
+            ValueError: no `max_length`, or fewer columns left than replays; the last of them have overwritten a row.
+        """
+        if self.max_length is None or self.columns + num > self.max_length:
+            raise ValueError(
+                f"replays must stay within max_length = {self.max_length}, got {num} after {self.columns} columns. "
+                "Reserve more columns."
+            )
+        self.columns += num
 
     def _single(self, old: Tensor, added: Tensor, kept: Tensor | None, num: int, start: int) -> Step:
         """One new column: tail and new token are one block of l tokens in every row, kept where a block ends."""
@@ -169,6 +190,7 @@ class CacheLengths:
             new_rows=row * l + l - 1,
             tail_rows=(row * l + added)[:, None] + torch.arange(l - 1, device=old.device),
             start=start,
+            end=self.columns,
             size=size,
             cmp_size=cmp_size,
         )
@@ -218,6 +240,7 @@ class CacheLengths:
             new_rows=(row * new_size + behind).flatten(),
             tail_rows=row * new_size + added[:, None] + torch.arange(l - 1, device=old.device),
             start=start,
+            end=self.columns,
             size=size,
             cmp_size=cmp_size,
         )
@@ -287,7 +310,7 @@ class LayerCache:
         Returns:
             For each name everything kept so far, `[Bsz, rows, Hkv, ...]`.
         """
-        self.columns += len(step.rows) // len(step.tail_rows)
+        self.columns = step.end
         for name, x in rows.items():
             index, size = (step.cmp_rows, step.cmp_size) if name.endswith("_cmp") else (step.rows, step.size)
             buffer = self.buffers.get(name)
@@ -301,6 +324,10 @@ class LayerCache:
             buffer.flatten(0, 1).index_copy_(0, index, x.to(buffer.dtype))
         return {name: self.buffers[name] for name in rows}
 
+    def replayed(self, num: int) -> None:
+        """As `CacheLengths.replayed`, for this layer."""
+        self.columns += num
+
     def select(self, rows: Tensor) -> None:
         """As `CacheLengths.select`, for this layer."""
         for name, x in self.buffers.items():
@@ -310,3 +337,8 @@ class LayerCache:
     def reset(self) -> None:
         """As `CacheLengths.reset`, for this layer. The memory stays, its contents are not read again."""
         self.columns = 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Work on the device is being recorded into a CUDA graph, not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -70,6 +70,9 @@ def test_models(tmp_path):
     text = page(tmp_path)
     assert "<td>train</td><td>1.80x</td><td>1.20x</td>" in section(text, "Models") and "<svg" in section(text, "Models")
     assert "<td>21.00</td><td>20.00</td><td>5.0%</td>" in section(text, "What a module adds to its kernels")
+    line = "| Llama-3-8B | 65536 | (64, 16) | 1.80 / 1.20 |  |  | 5.0% |"
+    assert model.summary(tmp_path / "models.json").splitlines()[2:] == [line]
+    assert model.summary(tmp_path / "none.json") == "Not measured yet: there is no none.json."
     assert "up to 1.20x" in section(text, "What the Flash Sparse Attention paper claims")
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from test_transformers import FAMILIES, LONG, close, sparse, tokens
+from test_transformers import FAMILIES, LONG, close, dense, sparse, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationConfig
 
 import nsattn
@@ -185,7 +190,134 @@ def test_refusals():
     cache = mixed(ids, use_cache=True, attention_mask=torch.ones_like(ids)).past_key_values
     with pytest.raises(ValueError, match="attention_mask must be given again"):
         mixed(ids[:, :1], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="a captured step must have NSA in every layer"):
+        cache.replayed(1)
     training = sparse().train()
     getattr(training, "activation_checkpointing_enable", training.gradient_checkpointing_enable)()
     with pytest.raises(NotImplementedError, match="use_cache must be False while training"):
         training(ids, use_cache=True)
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph keeps of a pass, without a GPU: operations on fixed tensors, and no Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, kept in self.calls:
+            for old, new in zip(*(tree_leaves(x) for x in (kept, func(*args, **kwargs))), strict=True):
+                if old.data_ptr() != new.data_ptr():  # else a view, or in place
+                    old.copy_(new)
+
+
+reference_decode = nsattn.branches.reference.nsa_decode
+
+
+@torch.library.custom_op("nsattn_test::nsa_decode", mutates_args=())
+def decode_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, gates: torch.Tensor,
+    k_win: torch.Tensor, v_win: torch.Tensor, cache_seqlens: torch.Tensor, block_table: torch.Tensor | None,
+    config: Sequence[int], scale: float,
+) -> list[torch.Tensor]:
+    caches = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table)
+    return [x.clone() for x in reference_decode(*caches, nsattn.NSAConfig(*config), scale=scale)]
+
+
+def check_replays(model, prompts, mask, capture) -> None:
+    """A captured decoding step, replayed, gives the logits of eager decoding, and both caches go on alike.
+
+    `capture(step, state)` runs a step under capture and returns (its output, a function that replays it); `state` are
+    the tensors of the cache.
+    """
+    later = torch.randint(3, 97, (2, 30), device=prompts.device)
+    caches = [hf.NSACache(model.config, max_length=80) for _ in range(2)]
+    for cache in caches:
+        model(prompts, attention_mask=mask, past_key_values=cache)
+    token = later[:, :1].clone()
+
+    def step() -> torch.Tensor:
+        return model(token, past_key_values=caches[0]).logits
+
+    def eager(i: int, num: int = 1) -> torch.Tensor:
+        return model(later[:, i : i + num], past_key_values=caches[1]).logits
+
+    torch.testing.assert_close(step(), eager(0), rtol=0, atol=0)
+    layers = caches[0].layers
+    state = [caches[0].lengths.tokens, *(x for y in layers for x in (*y.buffers.values(), *y.tails))]
+    logits, replay = capture(step, state)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()  # a capture computes nothing
+    seen = []
+    for i in range(1, 21):
+        token.copy_(later[:, i : i + 1])
+        replay()
+        seen.append(logits.clone())
+        close_enough(seen[-1], eager(i))
+    assert (seen[0] - seen[-1]).abs().max() > 0.1
+    caches[0].replayed(20)
+    assert torch.equal(caches[0].lengths.tokens, caches[1].lengths.tokens)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    close_enough(model(later[:, 21:-1], past_key_values=caches[0]).logits, eager(21, 8))
+    token.copy_(later[:, -1:])
+    replay()  # the graph lives on
+    caches[0].replayed(1)
+    close_enough(logits, eager(29))
+    with pytest.raises(ValueError, match="replays must stay within max_length = 80, got 30 after 51"):
+        caches[0].replayed(30)
+
+
+def close_enough(a: torch.Tensor, b: torch.Tensor) -> None:
+    tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_a_decoding_step_can_be_replayed(monkeypatch):
+    """Over the boundaries of compressed and selected blocks, for a padded batch, by recorded operations alone."""
+    # As one operation, as the kernels are: the reference looks at lengths.
+    monkeypatch.setattr(nsattn.branches.reference, "nsa_decode", lambda *args, scale: decode_op(*args[:10], list(
+        astuple(args[10])), scale))
+    model, prompts = sparse("qwen3", compression="mlp"), tokens(2, 21)
+    mask = torch.ones_like(prompts)
+    mask[1, :9] = 0
+
+    def capture(step, state):
+        before, recording = [x.clone() for x in state], Recording()
+        with monkeypatch.context() as patch, recording:
+            patch.setattr(nsattn.cache, "capturing", lambda device: True)
+            logits = step()
+        names = {str(func) for func, *_ in recording.calls}
+        assert "nsattn_test.nsa_decode.default" in names
+        assert not {name for name in names if "_local_scalar_dense" in name or "nonzero" in name}
+        for x, old in zip(state, before, strict=True):  # a real capture computes nothing
+            x.copy_(old)
+        return logits, recording.replay
+
+    check_replays(model, prompts, mask, capture)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_decoding_step_as_a_cuda_graph():
+    """The same by CUDA: two layers of Llama with heads of 128 in bfloat16."""
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 128}  # fmt: skip
+    config = nsattn.NSAConfig(cmp_block=8, cmp_stride=4, slc_block=16, num_selected=4, window=12)
+    model = hf.convert_to_nsa(dense("llama", **sizes), config, gate_bias=0.5).to("cuda", torch.bfloat16)
+    prompts = tokens(2, 21).cuda()
+    mask = torch.ones_like(prompts)
+    mask[1, :9] = 0
+
+    def capture(step, state):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        return logits, graph.replay
+
+    check_replays(model, prompts, mask, capture)

@@ -418,3 +418,19 @@ def overheads(rows: list[ModelRow]) -> Iterator[tuple[str, int, tuple[int, int],
     """(model, T, (B, N), ms of the module without projections, ms of its kernels, what it adds to them as a share)."""
     for r in sorted((r for r in rows if r.phase == OVERHEAD), key=lambda r: (r.model, r.T, r.B, r.N)):
         yield r.model, r.T, (r.B, r.N), r.ms, r.attention_ms, r.ms / r.attention_ms - 1
+
+
+def summary(path: str | Path) -> str:
+    """A Markdown table of a results file: speed-ups over dense and over the vanilla schedule, and `overheads`."""
+    if not Path(path).exists():
+        return f"Not measured yet: there is no {Path(path).name}."
+    rows = read(path)
+    ratios = {key[:4]: f"{key[4]:.2f} / {key[5]:.2f}" for key in speedups(rows)}
+    added = {key[:3]: f"{key[5]:.1%}" for key in overheads(rows)}
+    columns = ("model", "T", "(B, N)", *PHASES, "module adds")
+    lines = [f"| {' | '.join(columns)} |", "|---|--:|---|" + "--:|" * (len(columns) - 3)]
+    for case in sorted({key[:3] for key in ratios} | set(added)):
+        model, T, pair = case
+        cells = [*(ratios.get((*case, phase), "") for phase in PHASES), added.get(case, "")]
+        lines.append(f"| {model} | {T} | {pair} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -113,6 +113,22 @@ class NSACache(Cache):
             )
         return self.lengths.advance(shape, device, None if mask is None else mask[:, self.lengths.columns :])
 
+    def replayed(self, num: int) -> None:
+        """Count the tokens of `num` replays of a captured decoding step, see `CacheLengths.replayed`.
+
+        Raises:
+            ValueError: more than there was room for.
+            NotImplementedError: a model with dense layers.
+        """
+        if self.has_dense_layers:
+            raise NotImplementedError(
+                "a captured step must have NSA in every layer, got a model with dense layers: their cache counts in "
+                "Python. Convert all layers, or decode without a graph."
+            )
+        self.lengths.replayed(num)
+        for layer in self.layers:
+            layer.replayed(num)  # pyright: ignore[reportAttributeAccessIssue]
+
     def reset(self) -> None:
         super().reset()
         self.lengths.reset()
