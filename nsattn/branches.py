@@ -311,10 +311,10 @@ _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 @torch.library.custom_op("nsattn::rotate", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    from nsattn import rotary_triton
+    from nsattn.kernels import rotate_triton
 
     with _on(x):
-        return rotary_triton.rotate(x, cos, sin, backward=backward)
+        return rotate_triton.rotate(x, cos, sin, backward=backward)
 
 
 @_rotate.register_fake

@@ -33,7 +33,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import nsattn.kernels
-from nsattn import NSAConfig, dispatch, rotary_triton
+from nsattn import NSAConfig, dispatch
+from nsattn.kernels import rotate_triton
 from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
 
 WORKSPACE = 1 << 30
@@ -180,7 +181,7 @@ def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[
     tables = torch.zeros(2, x.plan.total_q, 1, cell.head_dim)  # float32, as the layer makes them
     for like in (tables, tables.to(cell.dtype)):
         for backward in (False, True):
-            yield lambda like=like, backward=backward: rotary_triton.rotate(x.q, *like, backward=backward)
+            yield lambda like=like, backward=backward: rotate_triton.rotate(x.q, *like, backward=backward)
 
 
 def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[Callable[[], Any]]:

@@ -15,6 +15,7 @@ import pytest
 import nsattn
 from nsattn import cli, dispatch
 from nsattn.bench import summary
+from nsattn.bench.model import read, speedups
 from nsattn.bench.timing import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ ARROWS = {
     "plan": {"config"},
     "dispatch": set(),
     "checks": {"config", "plan"},
-    "branches": {"config", "dispatch", "plan", "kernels.reference", "rotary_triton"},
+    "branches": {"config", "dispatch", "plan", "kernels.reference", "kernels.rotate_triton"},
     "rotary": {"branches"},
     "api": {"branches", "checks", "dispatch", "config", "plan"},
     "checkpoint": {"branches"},
@@ -165,6 +166,16 @@ def test_readme_decoding_times_come_from_the_results():
     ms = {r.impl: r.ms for r in case}
     assert ours == f"{ms['triton graph']:.3f}" and dense == f"{ms['dense cudnn graph']:.3f}"
     assert ratio == f"{ms['dense cudnn graph'] / ms['triton graph']:.1f}"
+
+
+def test_readme_speedups_of_models_come_from_the_results():
+    text = re.search(r"layers of Llama-3-8B at 64K tokens.*?models_64x16.png", (ROOT / "README.md").read_text(), re.S)
+    assert text
+    said = re.findall(r"([\d.]+)(?= times|\sand [\d.]+ times)", text.group())
+    found = {key[3]: key[4:] for key in speedups(read(ROOT / "benchmarks/results/h200/models.json"))
+             if key[:3] == ("Llama-3-8B", 65536, (64, 16))}
+    (train_dense, train_vanilla), (dense, vanilla) = found["train"], found["prefill"]
+    assert said == [f"{ratio:.1f}" for ratio in (train_dense, dense, train_vanilla, vanilla)]
 
 
 def test_relative_links_exist():

@@ -17,9 +17,9 @@ HEADS = 4  # of one program: few, so that one decoding step does not wait for on
 def _rotate_kernel(
     X, COS, SIN, Y, num_tokens, num_heads, stride_xt, stride_xh, stride_yt, stride_cos, stride_sin,
     HALF: tl.constexpr, BHALF: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """BT tokens, HEADS heads: y = x * cos + (-x2, x1) * sin for the halves x1, x2; with BACKWARD its transpose."""
-    ACC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32  # pyright: ignore[reportAssignmentType]
+    ACC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = o_t < num_tokens
     o_d = tl.arange(0, BHALF)
@@ -49,6 +49,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Te
         sizes = {"HALF": D // 2, "BHALF": next_power_of_2(D // 2), "BT": TOKENS, "HEADS": HEADS}
         _rotate_kernel[grid](
             x, cos, sin, y, T, H, x.stride(0), x.stride(1), y.stride(0), cos.stride(0), sin.stride(0), **sizes,
-            BACKWARD=backward, num_warps=4,  # pyright: ignore[reportCallIssue]
+            BACKWARD=backward, num_warps=4,
         )  # fmt: skip
     return y
