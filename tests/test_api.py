@@ -251,14 +251,17 @@ def test_dispatch_choices():
 
 
 def test_auto_takes_the_faster_kernel_of_the_committed_times():
-    """On an H200, with and without Hopper kernels, `auto` never takes one that is over 10 % slower than the best."""
+    """On an H200, with and without Hopper kernels, `auto` never takes one that is over 10 % slower than the best.
+
+    From 16K tokens on: below, launches by the host decide, and two runs of one kernel differ by more than that.
+    """
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "attention.json"
     times = {}
     for row in json.loads(path.read_text())["rows"]:
-        if row["op"] == "attend_selected":
+        if row["op"] == "attend_selected" and row["T"] >= 16384:
             key = row["T"], row["Hq"], row["Hkv"]
             times.setdefault(key, {}).setdefault(row["impl"], {})[row["direction"]] = row["ms"]
-    assert len(times) >= 15
+    assert len(times) >= 12
     for (T, Hq, Hkv), by_impl in times.items():
         for backward, hopper in itertools.product((False, True), {False, "kvmajor_sm90" in by_impl}):
             total = {impl: ms["forward"] + backward * ms["backward"] for impl, ms in by_impl.items()
