@@ -1,6 +1,6 @@
 """Does a model with NSA find one sentence in a long text? Train it on text with pass keys in it, then ask for them.
 
-    python examples/passkey/passkey.py examples/passkey/small.yaml          # one GPU, at most 5 minutes at a time
+    python examples/passkey/passkey.py examples/passkey/small.yaml          # one GPU, at most 6 minutes at a time
     python examples/passkey/passkey.py examples/passkey/tiny.yaml           # a CPU, one minute, shows the files only
     python examples/passkey/passkey.py examples/passkey/small.yaml attention=full    # the same with full attention
 
