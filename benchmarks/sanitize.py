@@ -88,8 +88,6 @@ def run(case: Case) -> None:
         backward(branches.attend_selected(q, k, v, selection, x.plan, **options)[0], q, k, v)
     else:
         keys, values = (k_cmp, v_cmp) if case.operation == "attend_compressed" else (k, v)
-        if case.operation == "attend_window":
-            del options["workspace"]
         backward(getattr(branches, case.operation)(q, keys, values, x.plan, **options)[0], q, keys, values)
     torch.cuda.synchronize()
 

@@ -119,7 +119,7 @@ def nsa_attention(
         block_idx = select_blocks(q, k_cmp, lse_cmp, workspace=workspace, **options)
     o_slc, lse_slc = attend_selected(q, k, v, block_idx, return_lse=True, workspace=workspace, **options)
     window = (k, v) if k_win is None or v_win is None else (k_win, v_win)
-    o_win, lse_win = attend_window(q, *window, return_lse=True, **options)
+    o_win, lse_win = attend_window(q, *window, return_lse=True, workspace=workspace, **options)
     o = combine(o_cmp, o_slc, o_win, gates, impl=impl)
     return NSAOutput(o, lse_cmp, lse_slc, lse_win, block_idx) if return_lse else o
 
@@ -190,7 +190,7 @@ def attend_compressed(
         k_cmp, v_cmp: `[T // d, Hkv, D]`, `[T // d, Hkv, Dv]` or `[Bsz, blocks, Hkv, ...]`, from `compress`. For fewer
             queries than keys pass `plan`.
         return_lse: return (o, lse).
-        workspace: bytes that partial gradients of q may take in the backward, where they are needed (`triton_sm90`).
+        workspace: bytes that lists and partial gradients of keys may take in the backward (`triton_sm90`).
             Less means more launches. Where one KV head does not fit, the last bits of dk and dv depend on the total
             length.
 
@@ -336,6 +336,7 @@ def attend_window(
     max_seqlen_k: int | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
+    workspace: int = WORKSPACE,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Section 3.3.3: o = Softmax(scale * q K^T) V over the tokens in (t - w, t]: w tokens, the query's own included.
@@ -347,6 +348,7 @@ def attend_window(
         q: `[T, Hq, D]` or `[Bsz, S, Hq, D]`.
         k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]` or batched.
         return_lse: return (o, lse).
+        workspace: bytes of scratch in the backward (`triton_sm90`), as for `attend_compressed`.
 
     Returns:
         o like q with the head dim of v; lse float32 `[T, Hq]` (or batched), natural. Rows before the first key (more
@@ -363,9 +365,10 @@ def attend_window(
     checks.check_queries(q)
     checks.check_pair(q, k, v, ("k", "v"))
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
+    checks.check_workspace(workspace)
     impl = dispatch.resolve("attend_window", impl, _shape(q, k, v, plan))
     o, lse = branches.attend_window(
-        _packed(q), _packed(k), _packed(v), plan, scale=scale_of(q, softmax_scale), impl=impl
+        _packed(q), _packed(k), _packed(v), plan, scale=scale_of(q, softmax_scale), workspace=workspace, impl=impl
     )
     return _result(q, o, lse, return_lse)
 

@@ -57,11 +57,13 @@ def attend_selected(
     return _attend_selected(_rows(q), _rows(k), _rows(v), block_idx, *plan.pack(), scale, workspace, impl)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, workspace: int, impl: str
+) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. See `nsattn.attend_window`."""
     if impl == "reference":
         return reference.attend_window(q, k, v, plan, scale=scale)
-    return _attend_window(_rows(q), _rows(k), _rows(v), None, *plan.pack(), scale, 0, impl)
+    return _attend_window(_rows(q), _rows(k), _rows(v), None, *plan.pack(), scale, workspace, impl)
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl: str) -> Tensor:
@@ -159,23 +161,19 @@ def _compress_backward(ctx, dy):
 _compress.register_autograd(_compress_backward, setup_context=_compress_setup)
 
 
-# The three attention branches share one schema; only one has block_idx, and the window has no workspace.
+# The three attention branches share one schema; only one has block_idx.
 
 
 def _define_attention(operation: str):
-    def arguments(block_idx: Tensor | None, workspace: int) -> tuple[tuple[Tensor, ...], dict[str, int]]:
-        extra = () if block_idx is None else (block_idx,)
-        return extra, {} if operation == "attend_window" else {"workspace": workspace}
-
     @torch.library.custom_op(f"nsattn::{operation}", mutates_args=())
     def forward(
         q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
         scale: float, workspace: int, impl: str,
     ) -> tuple[Tensor, Tensor]:
-        extra, options = arguments(block_idx, workspace)
+        extra = () if block_idx is None else (block_idx,)
         function = getattr(dispatch.load(operation, impl), operation)
         with _on(q):
-            return function(q, k, v, *extra, Plan.unpack(tensors, sizes), scale=scale, **options)
+            return function(q, k, v, *extra, Plan.unpack(tensors, sizes), scale=scale, workspace=workspace)
 
     @forward.register_fake
     def _(q, k, v, block_idx, tensors, sizes, scale, workspace, impl):
@@ -188,11 +186,11 @@ def _define_attention(operation: str):
         block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int], scale: float, workspace: int,
         impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        extra, options = arguments(block_idx, workspace)
+        extra = () if block_idx is None else (block_idx,)
         function = getattr(dispatch.load(operation, impl), f"{operation}_bwd")
         plan = Plan.unpack(tensors, sizes)
         with _on(q):
-            return function(do, dlse, q, k, v, o, lse, *extra, plan, scale=scale, **options)
+            return function(do, dlse, q, k, v, o, lse, *extra, plan, scale=scale, workspace=workspace)
 
     @backward.register_fake
     def _(do, dlse, q, k, v, o, lse, block_idx, tensors, sizes, scale, workspace, impl):

@@ -91,7 +91,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "attend_compressed": {
         "triton_sm90": Cell(
             "attend_compressed_triton_sm90",
-            "`triton` with kernels for Hopper GPUs, and a backward in one pass over the keys",
+            "`triton` with kernels for Hopper GPUs",
             head_dims=(128,),
             generation=9,
         ),
@@ -126,7 +126,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "attend_window": {
         "triton_sm90": Cell(
             "attend_window_triton_sm90",
-            "`triton` with a forward for Hopper GPUs",
+            "`triton` with kernels for Hopper GPUs",
             head_dims=(128,),
             generation=9,
         ),

@@ -156,8 +156,7 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
         else:
             keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
             leaves = {n: t.clone().requires_grad_() for n, t in zip("qkv", (x.q, *keys), strict=True)}
-            if operation != "attend_window":
-                options["workspace"] = case.workspace
+            options["workspace"] = case.workspace
             extra = (selection,) if operation == "attend_selected" else ()
             o, lse = getattr(branches, operation)(*leaves.values(), *extra, x.plan, impl=impl, **options)
             outputs = {"o": o, "lse": lse}

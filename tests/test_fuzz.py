@@ -99,7 +99,7 @@ def run(q, k, v):
         y = branches.compress(k, (), plan, method="mean", impl=impl)
         return [y, *torch.autograd.grad(y.float().sum(), [k])]
     extra = (idx,) if operation == "attend_selected" else ()
-    options = {{}} if operation == "attend_window" else {{"workspace": 1 << 30}}
+    options = {{"workspace": 1 << 30}}
     o, lse = getattr(branches, operation)(q, k, v, *extra, plan, scale=0.25, impl=impl, **options)
     return [o, lse, *torch.autograd.grad(o.float().sum(), [q, k, v])]
 

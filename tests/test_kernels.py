@@ -40,7 +40,7 @@ def test_gradcheck(operation, impl):
     x = make_inputs((3, 0, 18), num_kv_heads=1, group=2, head_dim=16, config=config, dtype=torch.float64)
     keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
     extra = (random_selection(x.plan, 1),) if operation == "attend_selected" else ()
-    options = {"scale": 0.25, "impl": impl} | ({} if operation == "attend_window" else {"workspace": 1 << 20})
+    options = {"scale": 0.25, "impl": impl} | {"workspace": 1 << 20}
 
     def function(q, k, v):
         o, lse = getattr(branches, operation)(q, k, v, *extra, x.plan, **options)
@@ -77,7 +77,7 @@ def test_repeats_bit_for_bit_and_ignores_the_batch(operation, impl):
         total = plan.total_cmp if operation == "attend_compressed" else None
         leaves = [pick(x.q, rows).requires_grad_()] + [pick(t, key_rows, total).requires_grad_() for t in keys]
         extra = (pick(selection, rows),) if operation == "attend_selected" else ()
-        options = {"scale": x.scale, "impl": impl} | ({} if operation == "attend_window" else {"workspace": 1 << 30})
+        options = {"scale": x.scale, "impl": impl} | {"workspace": 1 << 30}
         o, lse = getattr(branches, operation)(*leaves, *extra, plan, **options)
         do = pick(x.q * 0.5, rows)
         grads = torch.autograd.grad(o, leaves, do)
@@ -113,7 +113,7 @@ def test_strided_inputs(impl):
             o, _ = branches.attend_selected(
                 *leaves, selection, x.plan, scale=x.scale, workspace=1 << 30, impl=impl
             )
-            w, _ = branches.attend_window(*leaves, x.plan, scale=x.scale, impl="triton")
+            w, _ = branches.attend_window(*leaves, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
             results.append((o, w, *torch.autograd.grad(o.sum() + w.sum(), leaves)))
         assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
@@ -131,7 +131,7 @@ def test_padding_does_not_leak():
     o_cmp, lse = branches.attend_compressed(q, k_cmp, v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
     idx = branches.select_blocks(q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
     assert (idx[real:] == -1).all()
-    outputs = [o_cmp, branches.attend_window(q, k, v, x.plan, scale=x.scale, impl="triton")[0]]
+    outputs = [o_cmp, branches.attend_window(q, k, v, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[0]]
     outputs += [branches.attend_selected(q, k, v, idx, x.plan, scale=x.scale, workspace=1 << 30, impl=i)[0]
                 for i in ("kvmajor", "qmajor")]
     outputs += [branches.compress(k, (), x.plan, method="mean", impl="triton")]
@@ -191,7 +191,7 @@ def test_long_sequences(dtype, group):
         keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
         leaves = [t.clone().requires_grad_() for t in (x.q, *keys)]
         extra = (selection,) if operation == "attend_selected" else ()
-        options = {} if operation == "attend_window" else {"workspace": 1 << 30}
+        options = {"workspace": 1 << 30}
         o, lse = getattr(branches, operation)(*leaves, *extra, x.plan, scale=x.scale, impl=impl, **options)
         dq, dk, dv = torch.autograd.grad(o, leaves, do)
         results = []
@@ -213,7 +213,7 @@ def test_250_repeats(operation, impl):
     keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
     leaves = [t.requires_grad_() for t in (x.q, *keys)]
     extra = (random_selection(x.plan, 2),) if operation == "attend_selected" else ()
-    options = {} if operation == "attend_window" else {"workspace": 1 << 30}
+    options = {"workspace": 1 << 30}
 
     def run():
         o, lse = getattr(branches, operation)(*leaves, *extra, x.plan, scale=x.scale, impl=impl, **options)
@@ -252,7 +252,7 @@ def test_more_than_2_31_elements():
             keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
             extra = (selection,) if operation == "attend_selected" else ()
             tail_extra = (selection[-16:],) if extra else ()
-            options = {} if operation == "attend_window" else {"workspace": 1 << 30}
+            options = {"workspace": 1 << 30}
             got = getattr(branches, operation)(x.q, *keys, *extra, x.plan, scale=x.scale, impl=impl, **options)[0]
             golden, low = (
                 getattr(reference, operation)(

@@ -1,6 +1,6 @@
 """attend_window, section 3.3.3: o_t = softmax(scale * q_t . k_i) v_i over t - w < i <= t.
 
-The kernels are in `_dense`.
+The kernels are in `_dense`; they need no workspace.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from nsattn.kernels import _dense
 from nsattn.plan import Plan
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, workspace: int
+) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. See `nsattn.attend_window`."""
     return _dense.forward(q, k, v, plan, _dense.window_keys(plan), scale=scale)
 
 
 def attend_window_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, *,
-    scale: float,
+    scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_window` with respect to q, k, v."""
     return _dense.backward(do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale)

@@ -1,24 +1,29 @@
 """attend_window, section 3.3.3, for Hopper: D = Dv = 128, bf16 or fp16.
 
-The forward is that of `_dense_sm90`, the backward that of `_dense`.
+The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from nsattn.kernels import _dense, _dense_sm90
+from nsattn.kernels import _dense, _dense_backward_sm90, _dense_sm90
 from nsattn.plan import Plan
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, workspace: int
+) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. See `nsattn.attend_window`."""
     return _dense_sm90.forward(q, k, v, plan, _dense.window_keys(plan), scale=scale)
 
 
 def attend_window_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, *,
-    scale: float,
+    scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_window` with respect to q, k, v."""
-    return _dense.backward(do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale)
+    return _dense_backward_sm90.backward(
+        do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale, workspace=workspace,
+        longest=plan.max_k,
+    )  # fmt: skip

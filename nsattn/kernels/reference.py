@@ -98,7 +98,9 @@ def attend_selected(
     return _attend(q, k, v, visible, plan, (plan.cu_k, plan.max_k), scale)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, workspace: int = 0
+) -> tuple[Tensor, Tensor]:
     """Section 3.3.3: softmax attention to the last w tokens, the query's own one counted."""
     t = _query_positions(plan)[:, None, :, None]
     key = torch.arange(max(plan.max_k, 1), device=q.device)

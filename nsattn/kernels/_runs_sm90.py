@@ -1,11 +1,7 @@
-"""Backward of the dense branches, Eq 8 and section 3.3.3, in one pass over their keys.
+"""dK and dV of the dense branches, Eq 8 and section 3.3.3, by the gradient kernel of the selected branch.
 
 Keys are cut into blocks, and every block has the list of the queries that see it, as in the selected branch; here a
-list is a run of neighbouring tokens, so it is written down instead of inverted. One pass then gives dK, dV and the
-partial dQ of every (query, block), five products for each pair instead of the seven of two passes; *sum* adds the
-partials of a row in the order of the blocks. No float atomics.
-
-Partials take `blocks that a query sees * D` numbers a row, so queries are cut to fit the workspace as in `_gradient`.
+list is a run of neighbouring tokens, so it is written down instead of inverted.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from torch import Tensor
 
 from nsattn.kernels._gradient import Gradient, KeyBlocks, walk_keys
 from nsattn.kernels._lists import BlockLists, Chunk, cut_lists, last_at_most
-from nsattn.kernels._tile import bounds, next_power_of_2, row_delta
+from nsattn.kernels._tile import bounds
 from nsattn.plan import Plan, cumulative
 
 
@@ -108,68 +104,16 @@ def runs(plan: Plan, keys: KeyBlocks, chunk: Chunk, N: int, *, pairs_per_item: i
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["row0", "row1", "num_seqs", "window", "num_blk", "heads", "num_heads"])
-def _sum_run_dq_kernel(
-    DQP, STARTS, DQ, CU_Q, CU_K, CU_KEYS, CU_BLK, row0, row1, num_seqs, window, num_blk, heads, num_heads,
-    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, SUBS: tl.constexpr, B: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr,
-):
-    """dQ of BT tokens of one head: the sum of their partials, block by block, in float32."""
-    ACC: tl.constexpr = tl.float64 if DQP.dtype.element_ty == tl.float64 else tl.float32
-    i_head = tl.program_id(1)
-    i_h = i_head // G
-    row = row0 + tl.program_id(0) * BT + tl.arange(0, BT)
-    m_row = row < row1
-    o_d = tl.arange(0, BD)
-    i_s = tl.minimum(last_at_most(CU_Q, num_seqs + 1, row), num_seqs - 1)
-    start_q, len_q = bounds(CU_Q, i_s)
-    _, len_keys = bounds(CU_KEYS, i_s)
-    shift = bounds(CU_K, i_s)[1] - len_q
-    t = row - start_q.to(tl.int32) + shift
-    real = m_row & (row < tl.load(CU_Q + num_seqs)) & (t >= 0)
-    # Keys that ended before the window, and keys that end at or before t.
-    key0 = tl.maximum(t - window + 1 - SPAN + STRIDE, 0) // STRIDE
-    key1 = tl.minimum(tl.maximum(t + 1 - SPAN + STRIDE, 0) // STRIDE, len_keys)
-    blk0 = tl.load(CU_BLK + i_s)
-    first = tl.where(real & (key0 < key1), blk0 + key0 // B, 0x7FFFFFFF)
-    last = tl.where(real & (key0 < key1), blk0 + (key1 - 1) // B, -1)
-    acc = tl.zeros([BT, BD], ACC)
-    for blk in range(tl.min(first, 0), tl.max(last, 0) + 1):
-        i_blk = tl.full([1], 0, tl.int32) + blk
-        lo, _length = _run(CU_Q, CU_K, CU_KEYS, CU_BLK, i_blk, row0, row1, num_seqs, window, B, STRIDE, SPAN)
-        m = (blk >= first) & (blk <= last)
-        place = tl.load(STARTS + i_h * num_blk + blk) + row - lo
-        for i_sub in range(SUBS):
-            p = DQP + (((place.to(tl.int64) * G + i_head % G) * SUBS + i_sub) * D)[:, None] + o_d[None, :]
-            acc += tl.load(p, mask=m[:, None] & (o_d < D)[None, :], other=0.0).to(ACC)
-    p_dq = DQ + ((row.to(tl.int64) * num_heads + i_head) * D)[:, None] + o_d[None, :]
-    tl.store(p_dq, acc.to(DQ.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
-
-
-def backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan,
-    keys: KeyBlocks, *, scale: float, workspace: int, kernel: Gradient, longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of attention to `keys`, of which a sequence has at most `longest`."""
-    (_, Hq, D), G = q.shape, q.shape[1] // k.shape[1]
+def key_gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, keys: KeyBlocks, *,
+    scale: float, workspace: int, kernel: Gradient, longest: int,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of attention to `keys`, of which a sequence has at most `longest`. See `walk_keys`."""
     N = most_blocks(keys, longest)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    BD = next_power_of_2(D)
-    BT = max(1, 2048 // BD)
 
     def lists_of(chunk: Chunk) -> BlockLists:
         return runs(plan, keys, chunk, N, pairs_per_item=kernel.pairs_per_item(chunk.group))
 
-    def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
-        _sum_run_dq_kernel[(triton.cdiv(chunk.rows, BT), chunk.heads * chunk.group)](
-            partials, lists.inverse, chunk.of_queries(dq, G), plan.cu_q, plan.cu_k, keys.cu, keys.cu_blk, chunk.row0,
-            chunk.row1, plan.num_seqs, keys.window, keys.total_blk, chunk.heads, Hq, D=D, BD=BD, G=chunk.group,
-            SUBS=kernel.parts, B=keys.size, STRIDE=keys.stride, SPAN=keys.span, BT=BT, num_warps=2,
-        )  # fmt: skip
-
-    delta = row_delta(o, do, dlse)
-    dk, dv = walk_keys(
+    return walk_keys(
         do, q, k, v, lse, delta, lists_of, N, plan, keys, scale=scale, workspace=workspace, kernel=kernel,
-        take_dq=sum_dq,
     )  # fmt: skip
-    return dq, dk, dv

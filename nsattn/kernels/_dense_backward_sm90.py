@@ -1,0 +1,227 @@
+"""Backward of the dense branches, Eq 8 and section 3.3.3, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
+
+Two passes. *dQ* is built like the forward in `_dense_sm90`: a program holds 128 rows of q and do, two warpgroups own
+64 each and do not wait for each other, keys and values of 64 a step pass through shared memory four deep. *dK, dV* is
+the gradient kernel of the selected branch over lists of runs, as in `_runs_sm90`, without partial gradients of q.
+Seven products for each pair of a query and a key instead of the five of one pass, and no scratch that grows with both
+lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from nsattn.kernels._dense import UNLIMITED, Keys
+from nsattn.kernels._dense_sm90 import (
+    BM,
+    COPY,
+    PAIR,
+    ROWS,
+    SHARED,
+    D,
+    barrier,
+    barriers,
+    fetch,
+    fetch_queries,
+    first_key,
+    key_steps,
+    release,
+    slack,
+    wait_for,
+)
+from nsattn.kernels._gradient import Gradient
+from nsattn.kernels._gradient_sm90 import aligned, gradient
+from nsattn.kernels._runs_sm90 import key_blocks, key_gradients
+from nsattn.kernels._tile import LOG2E, row_delta
+from nsattn.plan import Plan
+
+BLOCK = 64  # keys that a program of dK, dV holds
+KEY_GRADIENT = Gradient(gradient, parts=1, fewest_pairs=1, rows_per_item=8192)
+BN = gl.constexpr(64)  # keys of a step of dQ
+STAGES = gl.constexpr(4)
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+GRADIENT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # of q
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, GRADIENT, 2))
+
+
+@gluon.jit
+def _step(
+    j, acc, lse2, delta, i_n, n, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+    tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
+    G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
+):
+    """Add the part of step j to dQ / scale, a product that is still under way at the end; copy for step n."""
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if j > 0:
+        release(j - 1, k_empty, STAGES)
+    wait_for(j, k_full, STAGES)
+    wait_for(j, v_full, STAGES)
+    fence_async_shared()
+    k_tile = k_tiles.index(j % STAGES)
+    zero = gl.zeros([BM, BN], gl.float32, SCORES)
+    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(do_tile, v_tiles.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if n < steps:
+        fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if MASK:
+        position = t + (row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))) // G
+        end = (i_n + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))) * STRIDE + SPAN - 1
+        visible = end[None, :] <= position[:, None]
+        if WINDOW is not None:
+            visible &= end[None, :] > position[:, None] - WINDOW
+        s = gl.where(visible, s, -float("inf"))
+    p = gl.exp2(s * scale2 - lse2[:, None])
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    release(j, v_empty, STAGES)
+    ds = (p * (dp - delta[:, None])).to(q_tile.dtype)
+    return warpgroup_mma(gl.convert_layout(ds, OPERAND), k_tile, acc, is_async=True)
+
+
+@gluon.jit
+def _rows(
+    DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_fetch, stride8, len_keys, lo,
+    steps, late, early, t, row, scale, o_first, left, num_heads,
+    WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+):
+    """dQ of 64 rows of a pair of tiles, from `row`; row 0 is row `o_first` of DQ seen as [T * Hq, D].
+
+    The first warpgroup copies keys, two steps ahead since a step needs them to its end, the other one values.
+    """
+    AHEAD: gl.constexpr = 2 if WARPGROUP == 0 else 3
+    if WARPGROUP == 0:
+        tiles, full, empty = k_tiles, k_full, k_empty
+    else:
+        tiles, full, empty = v_tiles, v_full, v_empty
+    for n in gl.static_range(AHEAD):
+        if n < steps:
+            i_fetch = first_key(n, lo, steps, late, early, BN)
+            fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
+    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
+    o_r = o_first + (r // G).to(gl.int64) * num_heads + r % G
+    lse = gl.load(LSE + o_r, mask=r // G < left, other=-float("inf"))
+    lse2 = gl.where(lse == -float("inf"), float("inf"), lse * LOG2E)  # p = 0 for rows that see nothing
+    delta = gl.load(DELTA + o_r, mask=r // G < left, other=0.0)
+    scale2 = scale * LOG2E
+    acc = warpgroup_mma_init(gl.zeros([BM, D], gl.float32, GRADIENT))
+    for j in range(late + early):
+        i_n = first_key(j, lo, steps, late, early, BN)
+        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+        acc = _step(
+            j, acc, lse2, delta, i_n, j + AHEAD, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full,
+            k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
+            G, STRIDE, SPAN, WINDOW, True,
+        )  # fmt: skip
+    for j in range(late + early, steps):
+        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+        acc = _step(
+            j, acc, lse2, delta, 0, j + AHEAD, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full,
+            k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
+            G, STRIDE, SPAN, WINDOW, False,
+        )  # fmt: skip
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    q_tile.store((acc * scale).to(q_tile.dtype))
+    barrier()
+    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+    o_dq = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
+    gl.store(DQ + (o_dq[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
+
+
+@gluon.jit(do_not_specialize=["num_seqs", "total"])
+def _dense_dq_sm90_kernel(
+    Q, K, V, DO, LSE, DELTA, PAIRS, CU_Q, CU_K, CU_KEYS, DQ, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
+    num_heads, num_seqs, total, scale,
+    G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+):
+    """dQ of 128 rows of a pair of tiles: scale * sum of ds * k over the keys they see, ds = p * (do . v - delta)."""
+    TYPE: gl.constexpr = Q.dtype.element_ty
+    i = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most compressed keys: they start first
+    i_pair, kv_head, row = i // num_heads, i % num_heads // G, i % G * ROWS
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+    o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
+    if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
+        gl.store(DQ + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
+    i_s = gl.load(PAIRS + 2 * i_pair)
+    if i_s < 0:
+        return
+    first = gl.load(PAIRS + 2 * i_pair + 1)
+    start_q = gl.load(CU_Q + i_s)
+    left = gl.load(CU_Q + i_s + 1) - start_q - first
+    if row // G >= left:
+        return
+    start_k = gl.load(CU_KEYS + i_s)
+    len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
+    t = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - left  # position of the pair's first token
+    t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
+    lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
+
+    kv_head = kv_head.to(gl.int64)
+    p_k = K + (start_k.to(gl.int64) * sk_t8 + kv_head * sk_h8) * 8
+    p_v = V + (start_k.to(gl.int64) * sv_t8 + kv_head * sv_h8) * 8
+    q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
+    do_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
+    k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
+    v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
+    k_full, k_empty = barriers(STAGES)
+    v_full, v_empty = barriers(STAGES)
+    for g in gl.static_range(2):
+        start, r = start_q + first, row + g * BM
+        fetch_queries(q_tiles.index(g), Q, start, r, left, sq_t8, sq_h8, kv_head, G)
+        fetch_queries(do_tiles.index(g), DO, start, r, left, num_heads * (D // 8), D // 8, kv_head, G)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    barrier()
+    fence_async_shared()
+
+    o_first = (start_q + first).to(gl.int64) * num_heads + kv_head * G
+    gl.warp_specialize([
+        (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty,
+                 v_empty, p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,
+                 0, G, STRIDE, SPAN, WINDOW)),
+        (_rows, (DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty,
+                 v_empty, p_v, sv_t8, len_keys, lo, steps, late, early, t, row + BM, scale, o_first, left, num_heads,
+                 1, G, STRIDE, SPAN, WINDOW)),
+    ], [4], [240])
+
+
+def query_gradient(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, keys: Keys, *, scale: float
+) -> Tensor:
+    """dq; rows of q, k and v start at multiples of 16 bytes, do is contiguous."""
+    T, Hq, _ = q.shape
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if T:
+        strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
+        _dense_dq_sm90_kernel[(plan.q_pairs.shape[0] * Hq,)](
+            q, k, v, do, lse, delta, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, dq, *strides, Hq, plan.num_seqs, T,
+            scale, G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
+            WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=248,
+        )  # fmt: skip
+    return dq
+
+
+def backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, keys: Keys, *,
+    scale: float, workspace: int, longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_dense.backward` on Hopper, D = Dv = 128; a sequence has at most `longest` keys."""
+    do, q, k, v = map(aligned, (do, q, k, v))
+    delta = row_delta(o, do, dlse)
+    rule = {"stride": keys.stride, "span": keys.span, "window": keys.window}
+    dq = query_gradient(do, q, k, v, lse, delta, plan, keys, scale=scale)
+    dk, dv = key_gradients(
+        do, q, k, v, lse, delta, plan, key_blocks(keys.cu, len(k), BLOCK, **rule), scale=scale, workspace=workspace,
+        kernel=KEY_GRADIENT, longest=longest,
+    )  # fmt: skip
+    return dq, dk, dv
