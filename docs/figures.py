@@ -135,7 +135,7 @@ def draw_times() -> Any:
                 ms = times[op, direction, T]
                 bar = ax.bar(i + 0.38 * offset, ms, 0.36, color=colour, label=label if i == 0 else None)
                 ax.bar_label(bar, fmt="%.1f", fontsize=8)
-        ax.set_title(f"{direction}, milliseconds", fontsize=9)
+        ax.set_title(f"{direction}, milliseconds by tokens", fontsize=9)
         ax.set_xticks([i + 0.19 for i in range(len(lengths))], [f"{T // 1024}K" for T in lengths])
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, loc="upper left", fontsize=8)
