@@ -1,6 +1,6 @@
 """The only boundary to autograd and torch.compile: one custom op per operation, forward and backward.
 
-A plan crosses the boundary as its tensors and sizes, so that compiled graphs see plain arguments. Fakes give the real
+A plan crosses the boundary as its tables and sizes, so that compiled graphs see plain arguments. Fakes give the real
 shapes, dtypes and contiguous strides. The reference needs no op: it is called directly and autograd sees through it.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str, 
     """Eq 7. See `nsattn.compress`."""
     if impl == "reference":
         return reference.compress(x, params, plan, method=method)
-    params = tuple(p.contiguous() for p in params)
-    return _compress(_rows(x), list(params), *plan.pack(), method, impl)
+    a, b, c, d, e = (*(p.contiguous() for p in params), None, None, None, None, None)[:5]
+    return _compress(_rows(x), a, b, c, d, e, *plan.pack(), method, impl)
 
 
 def attend_compressed(
@@ -84,7 +83,7 @@ def nsa_decode(
         )
     q, k, v, k_cmp, v_cmp, gates, k_win, v_win = map(_rows, (q, k, v, k_cmp, v_cmp, gates, k_win, v_win))
     return _nsa_decode(
-        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, list(astuple(config)), scale,
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, list(config.sizes()), scale,
         workspace, impl,
     )
 
@@ -112,50 +111,54 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# compress
+# compress. Its parameters are five optional tensors, since autograd handles lists of tensors in Python, which takes
+# longer than a launch.
+
+
+def _given(*params: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(p for p in params if p is not None)
 
 
 @torch.library.custom_op("nsattn::compress", mutates_args=())
 def _compress(
-    x: Tensor, params: Sequence[Tensor], tensors: Sequence[Tensor], sizes: Sequence[int], method: str, impl: str
+    x: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None,
+    tables: Tensor, sizes: Sequence[int], method: str, impl: str,
 ) -> Tensor:
+    function = dispatch.load("compress", impl).compress
     with _on(x):
-        return dispatch.load("compress", impl).compress(x, tuple(params), Plan.unpack(tensors, sizes), method=method)
+        return function(x, _given(a, b, c, d, e), Plan.unpack(tables, sizes), method=method)
 
 
 @_compress.register_fake
-def _(x, params, tensors, sizes, method, impl):
-    plan = Plan.unpack(tensors, sizes)
-    out = params[{"linear": 0, "mlp": 3}[method]].shape[-1] if method in ("linear", "mlp") else x.shape[-1]
-    return _new(x, plan.total_cmp, x.shape[1], out)
+def _(x, a, b, c, d, e, tables, sizes, method, impl):
+    last = {"linear": a, "mlp": d}.get(method, x)
+    return _new(x, Plan.unpack(tables, sizes).total_cmp, x.shape[1], last.shape[-1])
 
 
 @torch.library.custom_op("nsattn::compress_bwd", mutates_args=())
 def _compress_bwd(
-    dy: Tensor, x: Tensor, params: Sequence[Tensor], tensors: Sequence[Tensor], sizes: Sequence[int], method: str,
-    impl: str,
+    dy: Tensor, x: Tensor, params: Sequence[Tensor], tables: Tensor, sizes: Sequence[int], method: str, impl: str
 ) -> list[Tensor]:
-    plan = Plan.unpack(tensors, sizes)
+    function = dispatch.load("compress", impl).compress_bwd
     with _on(x):
-        return list(dispatch.load("compress", impl).compress_bwd(dy, x, tuple(params), plan, method=method))
+        return list(function(dy, x, tuple(params), Plan.unpack(tables, sizes), method=method))
 
 
 @_compress_bwd.register_fake
-def _(dy, x, params, tensors, sizes, method, impl):
+def _(dy, x, params, tables, sizes, method, impl):
     return [_new(x, *x.shape), *(_new(p, *p.shape) for p in params)]
 
 
 def _compress_setup(ctx, inputs, output):
-    x, params, tensors, sizes, method, impl = inputs
-    ctx.save_for_backward(x, *params, *tensors)
-    ctx.num_params, ctx.sizes, ctx.method, ctx.impl = len(params), sizes, method, impl
+    x, *params, tables, sizes, method, impl = inputs
+    ctx.save_for_backward(x, tables, *_given(*params))
+    ctx.options = (sizes, method, impl)
 
 
 def _compress_backward(ctx, dy):
-    x, *rest = ctx.saved_tensors
-    params, tensors = rest[: ctx.num_params], rest[ctx.num_params :]
-    dx, *dparams = _compress_bwd(dy.contiguous(), x, params, tensors, ctx.sizes, ctx.method, ctx.impl)
-    return dx, dparams, [None] * len(tensors), None, None, None
+    x, tables, *params = ctx.saved_tensors
+    dx, *dparams = _compress_bwd(dy.contiguous(), x, params, tables, *ctx.options)
+    return dx, *dparams, *[None] * (9 - len(dparams))
 
 
 _compress.register_autograd(_compress_backward, setup_context=_compress_setup)
@@ -167,50 +170,49 @@ _compress.register_autograd(_compress_backward, setup_context=_compress_setup)
 def _define_attention(operation: str):
     @torch.library.custom_op(f"nsattn::{operation}", mutates_args=())
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
-        scale: float, workspace: int, impl: str,
+        q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor | None, tables: Tensor, sizes: Sequence[int], scale: float,
+        workspace: int, impl: str,
     ) -> tuple[Tensor, Tensor]:
         extra = () if block_idx is None else (block_idx,)
         function = getattr(dispatch.load(operation, impl), operation)
         with _on(q):
-            return function(q, k, v, *extra, Plan.unpack(tensors, sizes), scale=scale, workspace=workspace)
+            return function(q, k, v, *extra, Plan.unpack(tables, sizes), scale=scale, workspace=workspace)
 
     @forward.register_fake
-    def _(q, k, v, block_idx, tensors, sizes, scale, workspace, impl):
+    def _(q, k, v, block_idx, tables, sizes, scale, workspace, impl):
         rows = q.shape[:2]
         return _new(q, *rows, v.shape[-1]), _new(q, *rows, dtype=_statistics_dtype(q))
 
     @torch.library.custom_op(f"nsattn::{operation}_bwd", mutates_args=())
     def backward(
         do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-        block_idx: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int], scale: float, workspace: int,
-        impl: str,
+        block_idx: Tensor | None, tables: Tensor, sizes: Sequence[int], scale: float, workspace: int, impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         extra = () if block_idx is None else (block_idx,)
         function = getattr(dispatch.load(operation, impl), f"{operation}_bwd")
-        plan = Plan.unpack(tensors, sizes)
+        plan = Plan.unpack(tables, sizes)
         with _on(q):
             return function(do, dlse, q, k, v, o, lse, *extra, plan, scale=scale, workspace=workspace)
 
     @backward.register_fake
-    def _(do, dlse, q, k, v, o, lse, block_idx, tensors, sizes, scale, workspace, impl):
+    def _(do, dlse, q, k, v, o, lse, block_idx, tables, sizes, scale, workspace, impl):
         return _new(q, *q.shape), _new(k, *k.shape), _new(v, *v.shape)
 
     def setup(ctx, inputs, output):
-        q, k, v, block_idx, tensors, sizes, scale, workspace, impl = inputs
+        q, k, v, block_idx, tables, sizes, scale, workspace, impl = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, block_idx, *tensors)
+        ctx.save_for_backward(q, k, v, *output, block_idx, tables)
         ctx.options = (sizes, scale, workspace, impl)
 
     def gradient(ctx, do, dlse):
-        q, k, v, o, lse, block_idx, *tensors = ctx.saved_tensors
+        q, k, v, o, lse, block_idx, tables = ctx.saved_tensors
         sizes, scale, workspace, impl = ctx.options
         if do is None and dlse is None:
-            return None, None, None, None, [None] * len(tensors), None, None, None, None
+            return None, None, None, None, None, None, None, None, None
         do = torch.zeros_like(o) if do is None else do.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = backward(do, dlse, q, k, v, o, lse, block_idx, tensors, sizes, scale, workspace, impl)
-        return dq, dk, dv, None, [None] * len(tensors), None, None, None, None
+        dq, dk, dv = backward(do, dlse, q, k, v, o, lse, block_idx, tables, sizes, scale, workspace, impl)
+        return dq, dk, dv, None, None, None, None, None, None
 
     forward.register_autograd(gradient, setup_context=setup)
     return forward
@@ -226,10 +228,10 @@ _attend_window = _define_attention("attend_window")
 
 @torch.library.custom_op("nsattn::select_blocks", mutates_args=())
 def _select_blocks(
-    q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], scale: float,
-    workspace: int, impl: str,
+    q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, tables: Tensor, sizes: Sequence[int], scale: float, workspace: int,
+    impl: str,
 ) -> Tensor:
-    plan = Plan.unpack(tensors, sizes)
+    plan = Plan.unpack(tables, sizes)
     with _on(q):
         return dispatch.load("select_blocks", impl).select_blocks(
             q, k_cmp, lse_cmp, plan, scale=scale, workspace=workspace
@@ -237,8 +239,8 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _(q, k_cmp, lse_cmp, tensors, sizes, scale, workspace, impl):
-    config = Plan.unpack(tensors, sizes).config
+def _(q, k_cmp, lse_cmp, tables, sizes, scale, workspace, impl):
+    config = Plan.unpack(tables, sizes).config
     return _new(q, q.shape[0], k_cmp.shape[1], config.num_selected, dtype=torch.int32)
 
 

@@ -213,12 +213,10 @@ class CacheLengths:
         first = row * new_size
         ends = in_turns(first + l - 1 - (old - cmp_old * d), first + l - 1 + added)
         new = make_plan(
-            torch.nn.functional.pad(ends, (1, 0)), batch * new_size, config=config, max_seqlen=new_size
-        )
-        new = new._replace(
+            torch.nn.functional.pad(ends, (1, 0)), batch * new_size, config=config, max_seqlen=new_size,
             cu_cmp=cumulative(in_turns(none, cmp_total - cmp_old)),
             total_cmp=batch * num_compressed(new_size - 1, config),
-        )
+        )  # fmt: skip
         seq, index = rows_of(new.cu_cmp, new.total_cmp)
         real, seq = seq < new.num_seqs, (seq // 2).clamp_max(batch - 1)
         index = index + cmp_old[seq]

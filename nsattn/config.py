@@ -34,6 +34,13 @@ class NSAConfig:
     init_blocks: int = 1
     local_blocks: int = 2
 
+    def sizes(self) -> tuple[int, ...]:
+        """The fields in order: `NSAConfig(*config.sizes()) == config`."""
+        return (
+            self.cmp_block, self.cmp_stride, self.slc_block, self.num_selected, self.window, self.init_blocks,
+            self.local_blocks,
+        )  # fmt: skip
+
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int) or isinstance(value, bool):

@@ -7,8 +7,8 @@ Sizes of these tables are bounds that follow from the totals alone, so building 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import NamedTuple
 
 import torch
@@ -22,20 +22,16 @@ TILE = 64  # rows of a tile table entry; kernels use this tile or one that divid
 class Plan(NamedTuple):
     """Integer metadata of a packed batch. Immutable; valid for every layer that sees the same lengths.
 
-    Tensors are int32 on the device of the batch. `n` is the number of sequences. Rows past the end of the last
-    sequence ("slack") belong to no sequence: operations write zeros there.
+    Tables are int32 on the device of the batch, all in one tensor: `cu_` ones hold where each sequence begins and where
+    the last one ends, `[num_seqs + 1]`; tile tables hold (sequence, first row in the sequence) of each tile of TILE
+    rows, `[*, 2]`, with sequence -1 where there is none. Rows past the end of the last sequence ("slack") belong to no
+    sequence: operations write zeros there.
 
     A query i of a sequence sits at position `len_k - len_q + i`, keys at positions 0 .. len_k - 1.
     """
 
-    cu_q: Tensor  # [n + 1] first query row of each sequence
-    cu_k: Tensor  # [n + 1] first key row
-    cu_cmp: Tensor  # [n + 1] first compressed row
-    cu_blk: Tensor  # [n + 1] first selection block
-    q_tiles: Tensor  # [*, 2] (sequence, first row in the sequence) of each tile of TILE queries; sequence -1: no tile
-    q_pairs: Tensor  # [*, 2] the same for pairs of tiles
-    k_tiles: Tensor  # [*, 2] the same for keys
-    cmp_tiles: Tensor  # [*, 2] the same for compressed rows
+    tables: Tensor  # one after the other, each begun at a multiple of 16 bytes
+    num_seqs: int
     total_q: int  # query rows, slack included
     total_k: int  # key rows, slack included
     total_cmp: int  # compressed rows, slack included
@@ -44,18 +40,74 @@ class Plan(NamedTuple):
     max_k: int  # longest key sequence, an upper bound
     config: NSAConfig
 
-    def pack(self) -> tuple[list[Tensor], list[int]]:
-        """The plan as the plain arguments of a custom op: its tensors, and its sizes with the config's."""
-        return list(self[:8]), [*self[8:14], *astuple(self.config)]
+    def pack(self) -> tuple[Tensor, list[int]]:
+        """The plan as the plain arguments of a custom op: its tables, and its sizes with the config's."""
+        return self.tables, [*self[1:8], *self.config.sizes()]
 
     @staticmethod
-    def unpack(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
+    def unpack(tables: Tensor, sizes: Sequence[int]) -> Plan:
         """Inverse of `pack`."""
-        return Plan._make([*tensors, *sizes[:6], NSAConfig(*(int(size) for size in sizes[6:]))])
+        return Plan._make([tables, *sizes[:7], _config(*(int(size) for size in sizes[7:]))])
 
     @property
-    def num_seqs(self) -> int:
-        return self.cu_q.shape[0] - 1
+    def cu_q(self) -> Tensor:
+        """First query row of each sequence."""
+        return self._starts(0)
+
+    @property
+    def cu_k(self) -> Tensor:
+        """First key row of each sequence."""
+        return self._starts(1)
+
+    @property
+    def cu_cmp(self) -> Tensor:
+        """First compressed row of each sequence."""
+        return self._starts(2)
+
+    @property
+    def cu_blk(self) -> Tensor:
+        """First selection block of each sequence."""
+        return self._starts(3)
+
+    @property
+    def cu_cmp_tiles(self) -> Tensor:
+        """First tile of compressed rows of each sequence."""
+        return self._starts(4)
+
+    @property
+    def cu_k_tiles(self) -> Tensor:
+        """First tile of key rows of each sequence."""
+        return self._starts(5)
+
+    @property
+    def q_pairs(self) -> Tensor:
+        """Tile table of the queries, for pairs of tiles."""
+        return self._tiles(0, self.total_q // (2 * TILE))
+
+    @property
+    def q_tiles(self) -> Tensor:
+        """Tile table of the queries."""
+        return self._tiles(1, self.total_q // TILE)
+
+    @property
+    def cmp_tiles(self) -> Tensor:
+        """Tile table of the compressed rows."""
+        return self._tiles(2, self.total_cmp // TILE)
+
+    @property
+    def k_tiles(self) -> Tensor:
+        """Tile table of the keys."""
+        return self._tiles(3, self.total_k // TILE)
+
+    def _starts(self, i: int) -> Tensor:
+        start = i * _aligned(self.num_seqs + 1)
+        return self.tables[start : start + self.num_seqs + 1]
+
+    def _tiles(self, i: int, full: int) -> Tensor:
+        """Every sequence adds at most one tile to those that the total fills."""
+        starts = 6 * _aligned(self.num_seqs + 1)
+        start = starts + i * ((len(self.tables) - starts) // 4)
+        return self.tables[start : start + 2 * (full + self.num_seqs)].view(-1, 2)
 
     @property
     def max_cmp(self) -> int:
@@ -68,20 +120,25 @@ class Plan(NamedTuple):
         return -(-self.max_k // self.config.slc_block)
 
 
+def _aligned(entries: int) -> int:
+    """Entries of a table rounded up to 16 bytes: kernels are compiled for pointers at multiples of those."""
+    return -(-entries // 4) * 4
+
+
+@functools.lru_cache
+def _config(*sizes: int) -> NSAConfig:
+    return NSAConfig(*sizes)
+
+
 def num_compressed(length: int, config: NSAConfig) -> int:
     """Compressed blocks of a sequence: i exists if i*d + l <= length (Eq 7)."""
     return max(0, (length - config.cmp_block) // config.cmp_stride + 1)
 
 
 def make_plan(
-    cu_seqlens: Tensor,
-    total: int,
-    *,
-    config: NSAConfig,
-    max_seqlen: int | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    total_k: int | None = None,
-    max_seqlen_k: int | None = None,
+    cu_seqlens: Tensor, total: int, *, config: NSAConfig, max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None, total_k: int | None = None, max_seqlen_k: int | None = None,
+    cu_cmp: Tensor | None = None, total_cmp: int | None = None,
 ) -> Plan:
     """Build the `Plan` of a packed batch. Never waits for a GPU, so it can be traced and captured in a CUDA graph.
 
@@ -92,6 +149,7 @@ def make_plan(
         max_seqlen: an upper bound on the lengths. It only sizes scratch memory. Default: the longest length for
             lengths on the CPU, `total` for lengths on a GPU (looking them up there would wait for the device).
         cu_seqlens_k, total_k, max_seqlen_k: the same for keys where they differ from the queries (cached keys).
+        cu_cmp, total_cmp: the same for compressed rows, if they do not lie one after the other.
 
     Returns:
         A `Plan` on the device of `cu_seqlens`.
@@ -105,30 +163,24 @@ def make_plan(
 
     n = cu_q.shape[0] - 1
     len_q, len_k = cu_q[1:] - cu_q[:-1], cu_k[1:] - cu_k[:-1]
-    len_cmp = ((len_k - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
     len_blk = (len_k + config.slc_block - 1) // config.slc_block
-    cu_cmp, cu_blk = cumulative(torch.stack([len_cmp, len_blk])).unbind()
-    # Bounds from the totals: one sequence of everything has the most compressed rows; each sequence rounds its
-    # last selection block up.
-    total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
-    total_blk = rows_k // config.slc_block + n
-    lengths, totals = [len_q, len_q, len_cmp], [total, total, total_cmp]
-    if not same:
-        lengths, totals = [*lengths, len_k], [*totals, rows_k]
-    q_pairs, q_tiles, cmp_tiles, *k_tiles = _tile_tables(torch.stack(lengths), totals)
+    if cu_cmp is None or total_cmp is None:
+        len_cmp = ((len_k - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
+        cu_cmp, cu_blk = cumulative(torch.stack([len_cmp, len_blk])).unbind()
+        # One sequence of everything has the most compressed rows.
+        total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
+    else:
+        len_cmp, cu_blk = cu_cmp[1:] - cu_cmp[:-1], cumulative(len_blk)
+    cu_tiles, tiles = _tile_tables(torch.stack([len_q, len_q, len_cmp, len_k]), (total, total, total_cmp, rows_k))
+    starts = torch.stack([cu_q, cu_k, cu_cmp, cu_blk, cu_tiles[2], cu_tiles[3]])
+    starts = torch.nn.functional.pad(starts, (0, _aligned(n + 1) - (n + 1)))
     return Plan(
-        cu_q=cu_q,
-        cu_k=cu_k,
-        cu_cmp=cu_cmp,
-        cu_blk=cu_blk,
-        q_tiles=q_tiles,
-        q_pairs=q_pairs,
-        k_tiles=q_tiles if same else k_tiles[0],
-        cmp_tiles=cmp_tiles,
+        tables=torch.cat([starts.flatten(), tiles.flatten()]),
+        num_seqs=n,
         total_q=total,
         total_k=rows_k,
         total_cmp=total_cmp,
-        total_blk=total_blk,
+        total_blk=rows_k // config.slc_block + n,  # each sequence rounds its last one up
         max_q=max_q,
         max_k=max_k,
         config=config,
@@ -154,13 +206,12 @@ def make_cached_plan(
     """
     batch, none = new.shape[0], torch.zeros_like(new)
     row = torch.arange(batch, device=new.device, dtype=torch.int32)
-    plan = make_plan(
+    len_cmp = ((lengths - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
+    return make_plan(
         cumulative(in_turns(new, none)), total, config=config, max_seqlen=max_new,
         cu_seqlens_k=_starts(row * size, lengths, batch * size), total_k=batch * size, max_seqlen_k=size,
+        cu_cmp=_starts(row * cmp_size, len_cmp, batch * cmp_size), total_cmp=batch * cmp_size,
     )  # fmt: skip
-    len_cmp = ((lengths - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
-    cu_cmp = _starts(row * cmp_size, len_cmp, batch * cmp_size)
-    return plan._replace(cu_cmp=cu_cmp, total_cmp=batch * cmp_size)
 
 
 def in_turns(a: Tensor, b: Tensor) -> Tensor:
@@ -211,20 +262,21 @@ def cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
-def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> list[Tensor]:
-    """For each row of lengths `[rows, n]`: (sequence, first row) of each tile, int32 `[*, 2]`.
+def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For each row of lengths `[rows, n]`: first tile of each sequence, `[n + 1]`, and (sequence, first row) of each
+    tile, `[*, 2]`; all int32.
 
     Tiles have TILE rows, those of the first table twice as many. The number of entries is a bound that follows from the
     total; unused ones hold sequence -1.
     """
     n = lengths.shape[1]
-    sizes = [total // (TILE if i else 2 * TILE) + n for i, total in enumerate(totals)]
-    rows = lengths.new_full((len(sizes), 1), TILE)
+    # An even number of entries keeps tables at multiples of 16 bytes. At least two: inductor (torch 2.11, on a GPU)
+    # cannot search for one.
+    size = _aligned(max(totals) // TILE + n)
+    rows = lengths.new_full((len(totals), 1), TILE)
     rows[0] = 2 * TILE
     cu = cumulative((lengths + rows - 1) // rows)
-    # At least two values: inductor (torch 2.11, on a GPU) cannot search for one.
-    tile = torch.arange(max(2, *sizes), device=lengths.device, dtype=torch.int32).repeat(len(sizes), 1)
+    tile = torch.arange(size, device=lengths.device, dtype=torch.int32).repeat(len(totals), 1)
     seq = torch.searchsorted(cu, tile, right=True) - 1  # of all of cu: inductor cannot search a slice
     first = (tile - cu.gather(1, seq)) * rows
-    tables = torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)
-    return [table[:size] for table, size in zip(tables, sizes, strict=True)]
+    return cu, torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)

@@ -33,7 +33,7 @@ def op_calls():
     params = [leaf(p) for p in make_compression("linear", 2, DIM, DIM, TINY, dtype=DTYPE, device=DEVICE)]
     q, k, v = leaf(x.q), leaf(x.k), leaf(x.v)
     calls = [
-        ("compress", branches._compress, (k, params, *plan, "linear", "triton")),
+        ("compress", branches._compress, (k, *params, None, None, None, *plan, "linear", "triton")),
         (
             "attend_compressed",
             branches._attend_compressed,

@@ -7,8 +7,9 @@ import torch
 
 from nsattn import NSAConfig
 from nsattn.kernels import _runs_sm90, reference
-from nsattn.kernels._gradient import plain_gradient
+from nsattn.kernels._gradient import KeyBlocks, plain_gradient
 from nsattn.kernels._tile import row_delta
+from nsattn.plan import cumulative
 from nsattn.testing import assert_close, make_inputs
 
 CONFIG = NSAConfig(8, 4, 16, 4, 20)
@@ -18,9 +19,13 @@ BATCHES = [((7, 0, 1, 65), None), ((5, 20), (40, 20)), ((30, 8), (11, 0)), ((0, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; test_kernels runs the kernels on a GPU")
 @pytest.mark.parametrize(("lengths", "lengths_k"), BATCHES)
 @pytest.mark.parametrize(
-    ("branch", "workspace", "B"), [("compressed", 1 << 30, 32), ("compressed", 1 << 14, 16), ("window", 1 << 14, 32)]
+    ("branch", "workspace", "B", "rows_per_item"),
+    [
+        ("compressed", 1 << 30, 32, 32), ("compressed", 1 << 14, 16, 16384), ("compressed", 1 << 14, 16, 8),
+        ("window", 1 << 14, 32, 16384), ("window", 1 << 30, 16, 16),
+    ],
 )
-def test_gradients(branch, lengths, lengths_k, workspace, B):
+def test_gradients(branch, lengths, lengths_k, workspace, B, rows_per_item):
     x = make_inputs(lengths, lengths_k=lengths_k, num_kv_heads=2, group=48 // B, head_dim=16, config=CONFIG, slack=2)
     plan, compressed = x.plan, branch == "compressed"
     k, v = (x.k_cmp, x.v_cmp) if compressed else (x.k_win, x.v_win)
@@ -38,12 +43,13 @@ def test_gradients(branch, lengths, lengths_k, workspace, B):
 
     golden = run(torch.float64)[-1]
     o, lse, do, dlse, low = run(torch.float32)
-    cu = plan.cu_cmp if compressed else plan.cu_k
-    keys = _runs_sm90.key_blocks(cu, len(k), B, **({"stride": 4, "span": 8} if compressed else {"window": 20}))
+    cu, rule = (plan.cu_cmp, {"stride": 4, "span": 8}) if compressed else (plan.cu_k, {"window": 20})
+    blocks = (cu.diff() + B - 1) // B
+    keys = KeyBlocks(cu, cumulative(blocks), int(blocks.sum()) + 2, B, **rule)  # the number is an upper bound
     delta = row_delta(o.detach(), do, dlse)
     got = _runs_sm90.key_gradients(
         do, x.q, k, v, lse.detach(), delta, plan, keys, scale=x.scale, workspace=workspace,
-        kernel=plain_gradient(x.q, v, B), longest=int(cu.diff().max()),
+        kernel=plain_gradient(x.q, v, B)._replace(rows_per_item=rows_per_item),
     )
     for name, *tensors in zip(("dk", "dv"), got, golden[1:], low[1:], strict=True):
         assert_close(*tensors, name)

@@ -23,9 +23,11 @@ from nsattn.bench.cases import PAPER, Case
 from nsattn.bench.peers import Call, Missing, Problem, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session
 from nsattn.bench.timing import (
+    GRAPH_TOKENS,
     OURS,
     Echo,
     Row,
+    captured,
     floor_ms,
     interleave,
     merge,
@@ -46,7 +48,12 @@ from nsattn.testing import compare, compare_selections, make_compression, random
 CHECKED_ROWS = 64
 LENGTHS = (8192, 32768, 65536)
 HEADS = ((4, 4), (16, 4), (32, 8), (40, 8), (64, 4))  # query heads, KV heads
-SHAPES = (*((T, *pair) for pair in HEADS for T in LENGTHS), (131072, 32, 8))
+SHAPES = (
+    *((T, *pair) for pair in HEADS for T in LENGTHS),
+    *((T, 32, 8) for T in (4096, 16384, 131072, 262144)),
+    (16384, 64, 4),
+)
+DENSE_TOKENS = 131072  # beyond, dense attention would take most of the time
 SHARED = ("attend_compressed", "select_blocks", "attend_window")  # what every schedule of the selected branch shares
 PAPER_SHAPES = tuple(sorted({(case.length, case.num_heads, case.num_kv_heads) for case in PAPER} - set(SHAPES)))
 
@@ -244,8 +251,9 @@ def _works(
         Work("nsattn", "nsa_attention", "auto" if device == "cuda" else kernel,
              lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan), (q, k, v, gates),
              pairs * (1.5 * visible / config.cmp_stride + tokens + recent), whole_checked),
-        _dense(q, k, v, pairs * visible),
     ]  # fmt: skip
+    if T <= DENSE_TOKENS:
+        works.append(_dense(q, k, v, pairs * visible))
     case = Case(Hq // Hkv, Hkv, T, head_dim=D, v_head_dim=D, block=config.slc_block, num_selected=config.num_selected)
     flops = {"attend_compressed": pairs * visible / config.cmp_stride, "attend_selected": pairs * tokens,
              "attend_window": pairs * recent}  # fmt: skip
@@ -356,20 +364,21 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
     moved = sum(x.numel() * x.element_size() for x in (*work.leaves, y))
     selection = "random" if work.op in ("attend_selected",) else "own"
     rows = []
-    calls: list[tuple[str, Callable[[], object], float, float]] = [
-        ("forward", lambda: work.call(*work.leaves), work.flops, moved)
+    factor = 2.5 if "attend" in work.op or work.op in ("nsa_attention", "dense causal") else 2
+    floors = {"forward": (work.flops, moved), "backward": (factor * work.flops, 2 * moved)}
+    calls: list[tuple[str, str, Callable[[], object]]] = [
+        (work.impl, "forward", lambda: work.call(*work.leaves)),
     ]
     if work.backward:
         dy = torch.randn_like(y)
         calls.append(
-            (
-                "backward",
-                lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True),
-                (2.5 if "attend" in work.op or work.op in ("nsa_attention", "dense causal") else 2) * work.flops,
-                2 * moved,
-            )
+            (work.impl, "backward", lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True)),
         )
-    for direction, call, flops, size in calls:
+        if device == "cuda" and work.op == "nsa_attention" and T <= GRAPH_TOKENS:
+            replays = captured(work.call, work.leaves, dy)
+            calls += [(f"{work.impl} graph", *call) for call in zip(right, replays, strict=True)]
+    for impl, direction, call in calls:
+        flops, size = floors[direction]
         with torch.set_grad_enabled(direction == "backward"):
             call()
             _, peak = peak_beyond(call, device)
@@ -378,7 +387,7 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
             Row(
                 who=work.who,
                 op=work.op,
-                impl=work.impl,
+                impl=impl,
                 T=T,
                 Hq=Hq,
                 Hkv=Hkv,
@@ -407,16 +416,19 @@ def summary(path: str | Path) -> str:
     times = {(r.Hq, r.Hkv, r.T, r.op, r.impl, r.direction): r.ms for r in ours}
     columns = (
         ("nsa_attention", "auto"),
+        ("nsa_attention", "auto graph"),
         ("dense causal", "cudnn"),
         ("attend_selected", "kvmajor_sm90", "kvmajor"),  # the first that was timed
         ("attend_selected", "qmajor"),
     )
-    lines = ["| heads | T | whole NSA | dense (cuDNN) | selected, `kvmajor` | selected, `qmajor` |"]
-    lines.append("|---|--:|--:|--:|--:|--:|")
+    lines = ["| heads | T | whole NSA | as a CUDA graph | dense (cuDNN) | selected, `kvmajor` | selected, `qmajor` |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for Hq, Hkv, T in sorted({key[:3] for key in times if key[3] == "nsa_attention"}):
         cells = (
             " / ".join(
-                next(f"{times[key]:.2f}" for impl in impls if (key := (Hq, Hkv, T, op, impl, direction)) in times)
+                next(
+                    (f"{times[key]:.2f}" for impl in impls if (key := (Hq, Hkv, T, op, impl, direction)) in times), "-"
+                )
                 for direction in ("forward", "backward")
             )
             for op, *impls in columns

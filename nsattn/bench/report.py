@@ -80,11 +80,15 @@ def _against_length(rows: list[Row]) -> str:
 
     def draw(axes: Any, direction: str) -> None:
         for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):
-            for op, style in (("nsa_attention", "o-"), ("dense causal", "s:")):
-                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.direction) == (Hq, Hkv, op, direction)),
-                              key=lambda r: r.T)
-                label = f"{Hq}/{Hkv} {'NSA' if op == 'nsa_attention' else 'dense'}"
-                _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour, label)
+            for op, impl, style, label in (
+                ("nsa_attention", "auto", "o-", "NSA"),
+                ("nsa_attention", "auto graph", ".--", "NSA, CUDA graph"),
+                ("dense causal", "cudnn", "s:", "dense"),
+            ):
+                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl, r.direction)
+                               == (Hq, Hkv, op, impl, direction)), key=lambda r: r.T)
+                if mine:
+                    _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour, f"{Hq}/{Hkv} {label}")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=direction)
         axes.legend(fontsize=7, ncols=2)
 

@@ -32,9 +32,11 @@ from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, ta
 from nsattn.bench.peers import Call, Problem
 from nsattn.bench.session import Session
 from nsattn.bench.timing import (
+    GRAPH_TOKENS,
     OURS,
     Echo,
     Row,
+    captured,
     floor_ms,
     interleave,
     merge,
@@ -48,8 +50,6 @@ from nsattn.bench.timing import (
 from nsattn.bench.truth import Truth
 from nsattn.environment import commit
 from nsattn.plan import make_plan
-
-GRAPH_TOKENS = 16384
 
 Loaded = dict[peers.Peer, str]  # peers that are here, and the variant found
 
@@ -233,7 +233,7 @@ def _bench(
                 continue
             jobs += _jobs(contender, call, problem, dy, ok)
             if device == "cuda" and contender.captures and case.tokens <= GRAPH_TOKENS:
-                replays = _captured(call, problem, dy)
+                replays = captured(call, (problem.q, problem.k, problem.v), dy)
                 jobs += [
                     replace(job, impl=f"{job.impl} graph", call=r) for job, r in zip(jobs[-2:], replays, strict=True)
                 ]
@@ -314,32 +314,6 @@ def _jobs(contender: Contender, call: Call, problem: Problem, dy: Tensor, ok: tu
         Job(contender, contender.impl, "forward", forward, peak, ok[0]),
         Job(contender, contender.impl, "backward", backward, peak_beyond(backward, device, base)[1], ok[1]),
     ]
-
-
-def _captured(call: Call, problem: Problem, dy: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Replays of the forward and of the backward as CUDA graphs.
-
-    Autograd works on the stream where a leaf was first used and where the forward ran. A capture may meet no other
-    stream, so all of it, with leaves of its own, is on one.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    with torch.cuda.stream(stream):
-        y = call(*leaves)
-        torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    torch.cuda.synchronize()
-    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(forward, stream=stream):
-        call(*leaves)
-    with torch.cuda.graph(backward, stream=stream):
-        torch.autograd.grad(y, leaves, dy, retain_graph=True)
-
-    def replay_backward() -> None:
-        assert y.grad_fn is not None  # y holds what the captured backward reads
-        backward.replay()
-
-    return forward.replay, replay_backward
 
 
 def summary(path: str | Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from nsattn.environment import environment
 
@@ -19,6 +20,7 @@ PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
 PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
 MOST_CALLS = 200
+GRAPH_TOKENS = 16384  # up to here the host's launches may take longer than the kernels: timed as CUDA graphs too
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
 
@@ -128,6 +130,34 @@ def peak_beyond(call: Callable[[], Any], device: str, base: int | None = None) -
     outputs = result if isinstance(result, tuple) else (result,)
     size = sum(x.numel() * x.element_size() for x in outputs)
     return result, max(0, torch.cuda.max_memory_allocated() - base - size) / 2**30
+
+
+def captured(
+    call: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tensor
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Replays of the forward and of the backward of `call(*leaves)` as CUDA graphs.
+
+    Autograd works on the stream where a leaf was first used and where the forward ran. A capture may meet no other
+    stream, so all of it, with leaves of its own, is on one.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    with torch.cuda.stream(stream):
+        y = call(*leaves)
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    torch.cuda.synchronize()
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(forward, stream=stream):
+        call(*leaves)
+    with torch.cuda.graph(backward, stream=stream):
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    def replay_backward() -> None:
+        assert y.grad_fn is not None  # y holds what the captured backward reads
+        backward.replay()
+
+    return forward.replay, replay_backward
 
 
 def save(rows: Iterable[Row], out: str, **more: object) -> None:

@@ -44,6 +44,7 @@ class Keys(NamedTuple):
     """The keys of a branch: where they lie in the packed rows, and who sees them."""
 
     cu: Tensor  # [n + 1] first key row of each sequence
+    cu_tiles: Tensor  # [n + 1] first tile of key rows of each sequence
     tiles: Tensor  # [*, 2] tile table of the key rows, see `Plan`
     stride: int  # positions between the ends of neighbouring keys
     span: int  # positions one key covers
@@ -52,12 +53,13 @@ class Keys(NamedTuple):
 
 def compressed_keys(plan: Plan) -> Keys:
     """The keys of attend_compressed."""
-    return Keys(plan.cu_cmp, plan.cmp_tiles, plan.config.cmp_stride, plan.config.cmp_block, UNLIMITED)
+    config = plan.config
+    return Keys(plan.cu_cmp, plan.cu_cmp_tiles, plan.cmp_tiles, config.cmp_stride, config.cmp_block, UNLIMITED)
 
 
 def window_keys(plan: Plan) -> Keys:
     """The keys of attend_window."""
-    return Keys(plan.cu_k, plan.k_tiles, stride=1, span=1, window=plan.config.window)
+    return Keys(plan.cu_k, plan.cu_k_tiles, plan.k_tiles, stride=1, span=1, window=plan.config.window)
 
 
 class Shape(NamedTuple):

@@ -39,13 +39,12 @@ from nsattn.kernels._dense_sm90 import (
     slack,
     wait_for,
 )
-from nsattn.kernels._gradient import Gradient
+from nsattn.kernels._gradient import Gradient, KeyBlocks
 from nsattn.kernels._gradient_sm90 import aligned, gradient
-from nsattn.kernels._runs_sm90 import key_blocks, key_gradients
+from nsattn.kernels._runs_sm90 import key_gradients
 from nsattn.kernels._tile import LOG2E, row_delta
-from nsattn.plan import Plan
+from nsattn.plan import TILE, Plan
 
-BLOCK = 64  # keys that a program of dK, dV holds
 KEY_GRADIENT = Gradient(gradient, parts=1, fewest_pairs=1, rows_per_item=8192)
 BN = gl.constexpr(64)  # keys of a step of dQ
 STAGES = gl.constexpr(4)
@@ -213,15 +212,12 @@ def query_gradient(
 
 def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, keys: Keys, *,
-    scale: float, workspace: int, longest: int,
+    scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_dense.backward` on Hopper, D = Dv = 128; a sequence has at most `longest` keys."""
+    """`_dense.backward` on Hopper, D = Dv = 128."""
     do, q, k, v = map(aligned, (do, q, k, v))
     delta = row_delta(o, do, dlse)
-    rule = {"stride": keys.stride, "span": keys.span, "window": keys.window}
+    blocks = KeyBlocks(keys.cu, keys.cu_tiles, len(keys.tiles), TILE, keys.stride, keys.span, keys.window)
     dq = query_gradient(do, q, k, v, lse, delta, plan, keys, scale=scale)
-    dk, dv = key_gradients(
-        do, q, k, v, lse, delta, plan, key_blocks(keys.cu, len(k), BLOCK, **rule), scale=scale, workspace=workspace,
-        kernel=KEY_GRADIENT, longest=longest,
-    )  # fmt: skip
+    dk, dv = key_gradients(do, q, k, v, lse, delta, plan, blocks, scale=scale, workspace=workspace, kernel=KEY_GRADIENT)
     return dq, dk, dv

@@ -110,7 +110,10 @@ def _gradient_kernel(
         row = r0 + tl.arange(0, BM)
         m_r = row < count * G
         row = tl.minimum(row, count * G - 1)  # the tail repeats the last row instead of masking every load
-        token = tl.load(TOKENS + first + row // G)
+        if TOKENS is None:
+            token = first.to(tl.int32) + row // G
+        else:
+            token = tl.load(TOKENS + first + row // G)
         head = i_h * G + row % G
         wide = token.to(tl.int64)
         # [BM, BD], [BM, BDV]
@@ -151,14 +154,14 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_blk", "num_seqs"])
 def _sum_slices_kernel(
-    SLICES, FIRST, DK, DV, CU_KEYS, CU_BLK, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
+    SLICES, BOUNDS, DK, DV, CU_KEYS, CU_BLK, s_bounds, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
     D: tl.constexpr, DVAL: tl.constexpr, BDD: tl.constexpr, B: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
 ):
     """dK, dV of BR keys of a block whose list was cut: the sum of its slices, in order."""
     ACC: tl.constexpr = SLICES.dtype.element_ty
     i_list = tl.program_id(0)
-    first = (tl.load(FIRST + i_list) - tl.load(FIRST)).to(tl.int64)
-    last = (tl.load(FIRST + i_list + 1) - tl.load(FIRST)).to(tl.int64)
+    first = (tl.load(BOUNDS + i_list * s_bounds) - tl.load(BOUNDS)).to(tl.int64)
+    last = (tl.load(BOUNDS + i_list * s_bounds + 1) - tl.load(BOUNDS)).to(tl.int64)
     if first == last:
         return
     blk = i_list % num_blk
@@ -191,7 +194,8 @@ def gradient(
     Args:
         do, q, k, v, lse, delta: all rows, and the heads of the lists. Of do, lse and delta, views of the heads of
             contiguous tensors.
-        dq_partials: `[pairs * G * parts, D]` like q, or None to leave them out; `parts` of `plain_gradient`.
+        dq_partials: `[pairs * G * parts, D]` like q, or None to leave them out; `parts` of `plain_gradient`. Only for
+            lists with tokens.
         out_k, out_v: like k and v, views of heads of contiguous tensors; with `add`, float32 sums.
         slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
     """
@@ -229,22 +233,32 @@ def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:
     return Gradient(gradient, parts=B // gradient_tile(q, v, B)[1], fewest_pairs=1)
 
 
-def backward_size(
-    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, B: int, kernel: Gradient, *, workspace: int, with_dq: bool
+def selected_size(
+    q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
 ) -> Size:
-    """Scratch of a chunk in the backward: lists, slices of dK and dV, dQ partials, and the sums in which the chunks of
-    a KV head meet. Of these, at most half of the workspace counts: else little would be left for long sequences."""
-    G, D, width, wide = q.shape[1] // k.shape[1], q.shape[2], q.shape[2] + v.shape[2], lse_dtype(q).itemsize
+    """Scratch of a chunk in the backward of the selected branch: lists, slices of dK and dV, dQ partials, sums."""
+    D, B = q.shape[2], plan.config.slc_block
 
     def size(rows: int, heads: int, group: int) -> int:
         pairs, pairs_per_item = rows * heads * N, kernel.pairs_per_item(group)
-        slices = 2 * pairs // pairs_per_item * B * width * wide
+        slices = 2 * pairs // pairs_per_item * slice_bytes(q, v, B)
         partials = pairs * group * kernel.parts * D * q.element_size() if with_dq else 0
-        whole = rows == plan.total_q and group == G
-        sums = 0 if whole else min(sums_bytes(k, v), workspace // 2)
+        sums = key_sums(q, k, v, plan, rows, group, workspace)
         return slices + partials + sums + lists_bytes(plan, rows, heads, N, pairs_per_item)
 
     return size
+
+
+def slice_bytes(q: Tensor, v: Tensor, B: int) -> int:
+    """dK and dV of a block, not rounded."""
+    return B * (q.shape[2] + v.shape[2]) * lse_dtype(q).itemsize
+
+
+def key_sums(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: int, group: int, workspace: int) -> int:
+    """What the sums in which the chunks of a KV head meet count for in a chunk: at most half of the workspace, else
+    little would be left for long sequences."""
+    whole = rows == plan.total_q and group == q.shape[1] // k.shape[1]
+    return 0 if whole else min(sums_bytes(k, v), workspace // 2)
 
 
 def sums_bytes(k: Tensor, v: Tensor) -> int:
@@ -257,7 +271,7 @@ def backward_bytes(
 ) -> int:
     """Peak scratch of the backward, delta counted."""
     Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
-    size = backward_size(q, k, v, N, plan, plan.config.slc_block, kernel, workspace=workspace, with_dq=with_dq)
+    size = selected_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=with_dq)
     pieces = list(chunks(plan, Hkv, G, size, workspace))
     largest = max((size(c.rows, c.heads, c.group) for c in pieces), default=0)
     uncounted = max(0, sums_bytes(k, v) - workspace // 2) if len(pieces) > Hkv else 0
@@ -273,28 +287,28 @@ def selected_dkv(
     def lists_of(chunk: Chunk) -> BlockLists:
         return invert(block_idx, plan, chunk, pairs_per_item=kernel.pairs_per_item(chunk.group))
 
+    size = selected_size(q, k, v, block_idx.shape[-1], plan, kernel, workspace=workspace, with_dq=take_dq is not None)
     return walk_keys(
-        do, q, k, v, lse, delta, lists_of, block_idx.shape[-1], plan, token_blocks(plan), scale=scale,
-        workspace=workspace, kernel=kernel, take_dq=take_dq,
+        do, q, k, v, lse, delta, lists_of, size, plan, token_blocks(plan), scale=scale, workspace=workspace,
+        kernel=kernel, take_dq=take_dq,
     )  # fmt: skip
 
 
 def walk_keys(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists_of: Callable[[Chunk], BlockLists],
-    N: int, plan: Plan, keys: KeyBlocks, *, scale: float, workspace: int, kernel: Gradient,
+    size: Size, plan: Plan, keys: KeyBlocks, *, scale: float, workspace: int, kernel: Gradient,
     take_dq: TakeDQ | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv, chunk by chunk.
 
     Args:
         lists_of: the block lists of a chunk.
-        N: most blocks of a query.
+        size: the scratch of a chunk, by which the batch is cut.
         take_dq: if given, called for each chunk with the dQ partials `[pairs * group * parts, D]` in list order, which
             the same pass over the lists then writes. They are valid until it returns.
     """
     T, D, Dv, Hkv = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1]
     G, B, kind = q.shape[1] // Hkv, keys.size, lse_dtype(q)
-    size = backward_size(q, k, v, N, plan, B, kernel, workspace=workspace, with_dq=take_dq is not None)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     lists, sums = None, ()
     for chunk in chunks(plan, Hkv, G, size, workspace):
@@ -307,8 +321,10 @@ def walk_keys(
         if chunk.part0 == 0:  # the query heads of a group share the lists
             del lists
             lists = lists_of(chunk)
-        num_partials = chunk.rows * chunk.heads * N * chunk.group * kernel.parts
-        dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device) if take_dq else None
+        dq_partials = None
+        if take_dq and lists.tokens is not None:
+            num_partials = len(lists.tokens) * chunk.group * kernel.parts
+            dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device)
         slices = torch.empty(lists.num_slices, B, D + Dv, dtype=kind, device=q.device)
         do_part, q_part, lse_part, delta_part = (chunk.of_queries(x, G) for x in (do, q, lse, delta))
         out_k, out_v = sums if several else out
@@ -316,12 +332,13 @@ def walk_keys(
             do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), lse_part, delta_part, lists, plan, keys, scale,
             dq_partials, out_k, out_v, slices, several,
         )  # fmt: skip
-        BR = 16
-        _sum_slices_kernel[(lists.slices.shape[0] - 1, B // BR)](
-            slices, lists.slices, out_k, out_v, keys.cu, keys.cu_blk, *out_k.stride()[:2], *out_v.stride()[:2],
-            keys.total_blk, plan.num_seqs,
-            D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=several, num_warps=4,
-        )  # fmt: skip
+        if lists.num_slices:
+            BR = 16
+            _sum_slices_kernel[(len(lists.slices), B // BR)](
+                slices, lists.slices, out_k, out_v, keys.cu, keys.cu_blk, lists.slices.stride(0), *out_k.stride()[:2],
+                *out_v.stride()[:2], keys.total_blk, plan.num_seqs,
+                D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=several, num_warps=4,
+            )  # fmt: skip
         if take_dq and dq_partials is not None:
             take_dq(chunk, lists, dq_partials)
         if several and chunk.row1 == T and chunk.part1 == G:

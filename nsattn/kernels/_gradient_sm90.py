@@ -36,9 +36,11 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its nam
 
 
 @gluon.jit
-def _tokens_of(P, row, count, G: gl.constexpr):
-    """Query rows behind rows of an item; past the end that of the last pair."""
-    return gl.load(P + gl.minimum(row // G, count - 1))
+def _tokens_of(P, row, count, G: gl.constexpr, RUN: gl.constexpr):
+    """Query rows behind rows of an item; past the end that of the last pair. P: where they are listed, or in a run of
+    neighbouring rows the first."""
+    p = P + gl.minimum(row // G, count - 1)
+    return p if RUN else gl.load(p)
 
 
 @gluon.jit
@@ -124,7 +126,8 @@ def _gradient_sm90_kernel(
     shift = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - gl.load(CU_Q + i_s + 1)
     num_rows = count * G
     head0 = i_h * G
-    P = TOKENS + first
+    RUN: gl.constexpr = TOKENS is None
+    P = first.to(gl.int32) if RUN else TOKENS + first
 
     k_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
     v_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
@@ -145,19 +148,20 @@ def _gradient_sm90_kernel(
     async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_d, mask=m_k)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
     for j in gl.static_range(2):
-        token = _tokens_of(P, j * 64 + row, count, G)
+        token = _tokens_of(P, j * 64 + row, count, G, RUN)
         _fetch(q_tiles.index(j), do_tiles.index(j), Q, DO, token, j * 64 + row, num_rows, sq_t8, sq_h8, head0,
                num_heads, G, Q_PACKED, COPY)
-    token = _tokens_of(P, 128 + row, count, G)
+    token = _tokens_of(P, 128 + row, count, G, RUN)
     line = gl.arange(0, 128, layout=LINE)
     is_lse = line < 64
     line = line % 64
-    start = _start_values(LSE, DELTA, _tokens_of(P, line, count, G), line, num_rows, is_lse, head0, num_heads, scale, G)
+    start_token = _tokens_of(P, line, count, G, RUN)
+    start = _start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G)
     starts.store(start)
-    start = _start_values(LSE, DELTA, _tokens_of(P, 64 + line, count, G), 64 + line, num_rows, is_lse, head0,
-                          num_heads, scale, G)
-    start_token = _tokens_of(P, 128 + line, count, G)
-    first_token = gl.load(P)
+    start_token = _tokens_of(P, 64 + line, count, G, RUN)
+    start = _start_values(LSE, DELTA, start_token, 64 + line, num_rows, is_lse, head0, num_heads, scale, G)
+    start_token = _tokens_of(P, 128 + line, count, G, RUN)
+    first_token = _tokens_of(P, 0, count, G, RUN)
 
     scale2 = scale * LOG2E
     zero_s = gl.zeros([B, 64], gl.float32, S_LAYOUT)
@@ -176,13 +180,14 @@ def _gradient_sm90_kernel(
         # Tokens ascend: only the first tiles of a list hide late keys, only the last ones those that a window left.
         hides = first_token + shift < (block * B + B - 1) * STRIDE + SPAN - 1
         if WINDOW is not None:
-            last_token = gl.load(P + gl.minimum((i * 64 + 63) // G, count - 1))
+            last_token = _tokens_of(P, i * 64 + 63, count, G, RUN)
             hides |= last_token + shift - WINDOW >= block * B * STRIDE + SPAN - 1
-        first_token = gl.load(P + gl.minimum((i * 64 + 64) // G, count - 1))
+        first_token = _tokens_of(P, i * 64 + 64, count, G, RUN)
         s = warpgroup_mma_wait(1, deps=(s,))
         s = s * scale2
         if hides:
-            position = _tokens_of(P, i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT)), count, G) + shift
+            o_row = i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
+            position = _tokens_of(P, o_row, count, G, RUN) + shift
             end = (block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))) * STRIDE + SPAN - 1
             visible = end[:, None] <= position[None, :]
             if WINDOW is not None:
@@ -212,8 +217,8 @@ def _gradient_sm90_kernel(
         _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, G, Q_PACKED, COPY)
         line_next = (i + 2) * 64 + line
         start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
-        token = _tokens_of(P, row_next + 64, count, G)
-        start_token = _tokens_of(P, line_next + 64, count, G)
+        token = _tokens_of(P, row_next + 64, count, G, RUN)
+        start_token = _tokens_of(P, line_next + 64, count, G, RUN)
         if WITH_DQ:
             left = num_rows - i * 64
             _store_rows(p_dq, stage, left, COLS, STORE)

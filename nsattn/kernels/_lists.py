@@ -34,10 +34,13 @@ TILE_ROWS = tl.constexpr(TILE)
 class BlockLists(NamedTuple):
     """Inverse of a selection, for the rows and KV heads of a `Chunk`."""
 
-    tokens: Tensor  # int32 [pairs] query row of each pair, sorted by (KV head, token range, block, token)
-    inverse: Tensor  # int32 [rows, heads, N] place of each pair in `tokens`, -1 where the entry is ignored
+    # int32 [pairs] query row of each pair, sorted by (KV head, token range, block, token). None: a pair is its row.
+    tokens: Tensor | None
+    inverse: Tensor | None  # int32 [rows, heads, N] place of each pair in `tokens`, -1 where the entry is ignored
     items: Tensor  # int32 [items, 6] KV head, sequence, block in the sequence, first pair, number of pairs, slice or -1
-    slices: Tensor  # int32 [lists + 1] first slice of each list that is cut into several items, plus slices[0]
+    # int32 [lists, 2] first and end slice of each list that is cut into several items, else two equal numbers; counted
+    # from slices[0, 0]
+    slices: Tensor
     num_slices: int  # upper bound
 
 
@@ -333,24 +336,14 @@ def invert(
         block_idx, masks, places, starts, tokens, inverse, *tables, tile0, row0, row1, head0, heads,
         block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BT=BT, num_warps=2,
     )  # fmt: skip
-    return cut_lists(
-        starts, tokens, inverse, plan.cu_blk, num_blk, ranges, plan.num_seqs, num_pairs, num_lists, pairs_per_item
-    )
-
-
-def cut_lists(
-    starts: Tensor, tokens: Tensor, inverse: Tensor, cu_blk: Tensor, num_blk: int, ranges: int, num_seqs: int,
-    num_pairs: int, num_lists: int, pairs_per_item: int,
-) -> BlockLists:
-    """Pass 4. `starts`: three running sums, of the lists' lengths, items and slices."""
-    items = torch.empty(num_lists + num_pairs // pairs_per_item, 6, dtype=torch.int32, device=tokens.device)
+    items = torch.empty(num_lists + num_pairs // pairs_per_item, 6, dtype=torch.int32, device=device)
     BI = 128
     _items_kernel[(triton.cdiv(items.shape[0], BI),)](
-        starts, cu_blk, items, num_lists, items.shape[0], pairs_per_item, num_blk, ranges, num_seqs, BI=BI,
+        starts, plan.cu_blk, items, num_lists, items.shape[0], pairs_per_item, num_blk, ranges, plan.num_seqs, BI=BI,
     )  # fmt: skip
     # A list cut into p > 1 items holds more than (p - 1) * pairs_per_item pairs, so p <= 2 * pairs / pairs_per_item.
     num_slices = 2 * num_pairs // pairs_per_item
-    return BlockLists(tokens, inverse, items, starts[2 * (num_lists + 1) :], num_slices)
+    return BlockLists(tokens, inverse, items, starts[2 * (num_lists + 1) :].unfold(0, 2, 1), num_slices)
 
 
 @triton.jit

@@ -26,5 +26,4 @@ def attend_compressed_bwd(
     """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
     return _dense_backward_sm90.backward(
         do, dlse, q, k_cmp, v_cmp, o, lse, plan, _dense.compressed_keys(plan), scale=scale, workspace=workspace,
-        longest=plan.max_cmp,
     )  # fmt: skip

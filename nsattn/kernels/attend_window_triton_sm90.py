@@ -27,5 +27,4 @@ def attend_window_bwd(
     """Gradients of `attend_window` with respect to q, k, v."""
     return _dense_backward_sm90.backward(
         do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale, workspace=workspace,
-        longest=plan.max_k,
     )  # fmt: skip
