@@ -218,9 +218,8 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
         yield lambda: backward(o, o, o, o, x.gates)
     else:
         k, v = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k_win, x.v_win)
-        options = scratch
-        yield lambda: function(x.q, k, v, plan, **options)
-        yield lambda: backward(o, dlse, x.q, k, v, o, lse, plan, **options)
+        yield lambda: function(x.q, k, v, plan, **scratch)
+        yield lambda: backward(o, dlse, x.q, k, v, o, lse, plan, **scratch)
 
 
 def kernel_modules() -> list[Any]:

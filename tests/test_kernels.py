@@ -40,7 +40,7 @@ def test_gradcheck(operation, impl):
     x = make_inputs((3, 0, 18), num_kv_heads=1, group=2, head_dim=16, config=config, dtype=torch.float64)
     keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
     extra = (random_selection(x.plan, 1),) if operation == "attend_selected" else ()
-    options = {"scale": 0.25, "impl": impl} | {"workspace": 1 << 20}
+    options = {"scale": 0.25, "impl": impl, "workspace": 1 << 20}
 
     def function(q, k, v):
         o, lse = getattr(branches, operation)(q, k, v, *extra, x.plan, **options)
@@ -77,7 +77,7 @@ def test_repeats_bit_for_bit_and_ignores_the_batch(operation, impl):
         total = plan.total_cmp if operation == "attend_compressed" else None
         leaves = [pick(x.q, rows).requires_grad_()] + [pick(t, key_rows, total).requires_grad_() for t in keys]
         extra = (pick(selection, rows),) if operation == "attend_selected" else ()
-        options = {"scale": x.scale, "impl": impl} | {"workspace": 1 << 30}
+        options = {"scale": x.scale, "impl": impl, "workspace": 1 << 30}
         o, lse = getattr(branches, operation)(*leaves, *extra, plan, **options)
         do = pick(x.q * 0.5, rows)
         grads = torch.autograd.grad(o, leaves, do)

@@ -34,7 +34,9 @@ from nsattn.kernels._dense_sm90 import (
     fetch,
     fetch_queries,
     first_key,
+    hide,
     key_steps,
+    pair_of,
     release,
     slack,
     wait_for,
@@ -74,12 +76,7 @@ def _step(
         fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
     if MASK:
-        position = t + (row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))) // G
-        end = (i_n + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))) * STRIDE + SPAN - 1
-        visible = end[None, :] <= position[:, None]
-        if WINDOW is not None:
-            visible &= end[None, :] > position[:, None] - WINDOW
-        s = gl.where(visible, s, -float("inf"))
+        s = hide(s, t, i_n, row, G, STRIDE, SPAN, WINDOW)
     p = gl.exp2(s * scale2 - lse2[:, None])
     dp = warpgroup_mma_wait(0, deps=(dp,))
     release(j, v_empty, STAGES)
@@ -151,17 +148,9 @@ def _dense_dq_sm90_kernel(
     o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
     if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
         gl.store(DQ + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
-    i_s = gl.load(PAIRS + 2 * i_pair)
-    if i_s < 0:
-        return
-    first = gl.load(PAIRS + 2 * i_pair + 1)
-    start_q = gl.load(CU_Q + i_s)
-    left = gl.load(CU_Q + i_s + 1) - start_q - first
+    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
     if row // G >= left:
         return
-    start_k = gl.load(CU_KEYS + i_s)
-    len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
-    t = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - left  # position of the pair's first token
     t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
     lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
 
@@ -175,15 +164,15 @@ def _dense_dq_sm90_kernel(
     k_full, k_empty = barriers(STAGES)
     v_full, v_empty = barriers(STAGES)
     for g in gl.static_range(2):
-        start, r = start_q + first, row + g * BM
-        fetch_queries(q_tiles.index(g), Q, start, r, left, sq_t8, sq_h8, kv_head, G)
-        fetch_queries(do_tiles.index(g), DO, start, r, left, num_heads * (D // 8), D // 8, kv_head, G)
+        r = row + g * BM
+        fetch_queries(q_tiles.index(g), Q, start_q, r, left, sq_t8, sq_h8, kv_head, G)
+        fetch_queries(do_tiles.index(g), DO, start_q, r, left, num_heads * (D // 8), D // 8, kv_head, G)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
     fence_async_shared()
 
-    o_first = (start_q + first).to(gl.int64) * num_heads + kv_head * G
+    o_first = start_q.to(gl.int64) * num_heads + kv_head * G
     gl.warp_specialize([
         (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty,
                  v_empty, p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,

@@ -86,6 +86,18 @@ def fetch(n, i_n, tiles, full, empty, p, len_keys, stride8, BN: gl.constexpr, ST
 
 
 @gluon.jit
+def hide(s, t, i_n, row, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr):
+    """-inf for the scores of keys from i_n on that the rows from `row` do not see; t is the position of row 0."""
+    LAYOUT: gl.constexpr = s.type.layout
+    position = t + (row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))) // G
+    end = (i_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))) * STRIDE + SPAN - 1
+    visible = end[None, :] <= position[:, None]
+    if WINDOW is not None:
+        visible &= end[None, :] > position[:, None] - WINDOW
+    return gl.where(visible, s, -float("inf"))
+
+
+@gluon.jit
 def _softmax(s, m, l, t, i_n, row, scale2, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr,
              WINDOW: gl.constexpr, MASK: gl.constexpr):
     """Probabilities of BN keys from i_n relative to the new maximum; that, the new sum, and what older sums shrink by.
@@ -93,12 +105,7 @@ def _softmax(s, m, l, t, i_n, row, scale2, G: gl.constexpr, STRIDE: gl.constexpr
     `t` is the position of row 0 of the pair of tiles, `row` the first of this warpgroup's.
     """
     if MASK:
-        position = t + (row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))) // G
-        end = (i_n + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))) * STRIDE + SPAN - 1
-        visible = end[None, :] <= position[:, None]
-        if WINDOW is not None:
-            visible &= end[None, :] > position[:, None] - WINDOW
-        s = gl.where(visible, s, -float("inf"))
+        s = hide(s, t, i_n, row, G, STRIDE, SPAN, WINDOW)
     m_new = gl.maximum(m, gl.max(s, 1) * scale2)
     m_ref = gl.where(m_new == -float("inf"), 0.0, m_new)
     shrink = gl.exp2(m - m_ref)
@@ -225,6 +232,19 @@ def slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G: gl.constexp
 
 
 @gluon.jit
+def pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair):
+    """The i-th pair of tiles: packed row and position of its first token, tokens from there to the end of its sequence
+    (0: there is no such pair), first row and number of its keys."""
+    entry = gl.load(PAIRS + 2 * i_pair)
+    i_s = gl.maximum(entry, 0)
+    first = gl.load(CU_Q + i_s) + gl.load(PAIRS + 2 * i_pair + 1)
+    left = gl.where(entry < 0, 0, gl.load(CU_Q + i_s + 1) - first)
+    start_k = gl.load(CU_KEYS + i_s)
+    t = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - left
+    return first, t, left, start_k, gl.load(CU_KEYS + i_s + 1) - start_k
+
+
+@gluon.jit
 def fetch_queries(tile, P, start, row, left, stride_t8, stride_h8, kv_head, G: gl.constexpr):
     """Start to copy 64 rows, from `row` of a pair whose first token is packed row `start`; missing ones are zeros."""
     r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
@@ -264,18 +284,9 @@ def _dense_fwd_sm90_kernel(
     if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
         gl.store(O + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
         gl.store(LSE + o_slack, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=m_slack)
-    i_s = gl.load(PAIRS + 2 * i_pair)
-    if i_s < 0:
+    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
+    if row // G >= left:
         return
-    first = gl.load(PAIRS + 2 * i_pair + 1)
-    start_q = gl.load(CU_Q + i_s)
-    len_q = gl.load(CU_Q + i_s + 1) - start_q
-    if first + row // G >= len_q:
-        return
-    start_k = gl.load(CU_KEYS + i_s)
-    len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
-    t = first + gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - len_q
-    left = len_q - first
     t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
     lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
 
@@ -288,14 +299,14 @@ def _dense_fwd_sm90_kernel(
     k_full, k_empty = barriers(STAGES)
     v_full, v_empty = barriers(STAGES)
     for g in gl.static_range(2):
-        fetch_queries(q_tiles.index(g), Q, start_q + first, row + g * BM, left, sq_t8, sq_h8, kv_head, G)
+        fetch_queries(q_tiles.index(g), Q, start_q, row + g * BM, left, sq_t8, sq_h8, kv_head, G)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
     fence_async_shared()
 
     scale2 = scale * LOG2E
-    o_first = (start_q + first).to(gl.int64) * num_heads + kv_head * G
+    o_first = start_q.to(gl.int64) * num_heads + kv_head * G
     gl.warp_specialize([
         (_rows, (O, LSE, q_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_k, sk_t8, len_keys, lo,
                  steps, late, early, t, row, scale2, o_first, left, num_heads, 0, G, STRIDE, SPAN, WINDOW)),
