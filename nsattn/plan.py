@@ -8,7 +8,8 @@ Sizes of these tables are bounds that follow from the totals alone, so building 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec as _find_spec
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nsattn.config import NSAConfig
 
+find_spec = functools.cache(_find_spec)
 TILE = 64  # rows of a tile table entry; kernels use this tile or one that divides it
 
 
@@ -30,7 +32,7 @@ class Plan(NamedTuple):
     A query i of a sequence sits at position `len_k - len_q + i`, keys at positions 0 .. len_k - 1.
     """
 
-    tables: Tensor  # one after the other, each begun at a multiple of 16 bytes
+    tables: Tensor  # see `make_tables`; each begins at a multiple of 16 bytes, for which kernels are compiled
     num_seqs: int
     total_q: int  # query rows, slack included
     total_k: int  # key rows, slack included
@@ -72,12 +74,12 @@ class Plan(NamedTuple):
     @property
     def cu_cmp_tiles(self) -> Tensor:
         """First tile of compressed rows of each sequence."""
-        return self._starts(4)
+        return self._starts(6)
 
     @property
     def cu_k_tiles(self) -> Tensor:
         """First tile of key rows of each sequence."""
-        return self._starts(5)
+        return self._starts(7)
 
     @property
     def q_pairs(self) -> Tensor:
@@ -99,14 +101,33 @@ class Plan(NamedTuple):
         """Tile table of the keys."""
         return self._tiles(3, self.total_k // TILE)
 
+    @property
+    def units(self) -> Tensor:
+        """int32 `[4, *]`: of each unit the first token, its compressed row, first and end compressed row of its
+        sequence; all 0 where there is none.
+
+        A unit is d tokens that start at a multiple of d inside a sequence. Unit u begins compressed row u of its
+        sequence, if that row exists, and its tokens lie in the rows u - n, n < l/d.
+        """
+        return self.tables[-4 * self.sizes()["num_units"] :].view(4, -1)
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of a table of starts, of a tile table and of a row of `units`, all of them multiples of 16 bytes."""
+        n, rows = self.num_seqs, max(self.total_q, self.total_k, self.total_cmp)
+        return {
+            "width": _aligned(n + 1),
+            "size": _aligned(rows // TILE + n),
+            "num_units": _aligned(self.total_k // self.config.cmp_stride + n),
+        }
+
     def _starts(self, i: int) -> Tensor:
         start = i * _aligned(self.num_seqs + 1)
         return self.tables[start : start + self.num_seqs + 1]
 
     def _tiles(self, i: int, full: int) -> Tensor:
         """Every sequence adds at most one tile to those that the total fills."""
-        starts = 6 * _aligned(self.num_seqs + 1)
-        start = starts + i * ((len(self.tables) - starts) // 4)
+        sizes = self.sizes()
+        start = 8 * sizes["width"] + 2 * i * sizes["size"]
         return self.tables[start : start + 2 * (full + self.num_seqs)].view(-1, 2)
 
     @property
@@ -121,7 +142,6 @@ class Plan(NamedTuple):
 
 
 def _aligned(entries: int) -> int:
-    """Entries of a table rounded up to 16 bytes: kernels are compiled for pointers at multiples of those."""
     return -(-entries // 4) * 4
 
 
@@ -162,20 +182,10 @@ def make_plan(
     max_k = max_q if same else _max_length(cu_k, rows_k, max_seqlen_k)
 
     n = cu_q.shape[0] - 1
-    len_q, len_k = cu_q[1:] - cu_q[:-1], cu_k[1:] - cu_k[:-1]
-    len_blk = (len_k + config.slc_block - 1) // config.slc_block
-    if cu_cmp is None or total_cmp is None:
-        len_cmp = ((len_k - config.cmp_block) // config.cmp_stride + 1).clamp_min(0)
-        cu_cmp, cu_blk = cumulative(torch.stack([len_cmp, len_blk])).unbind()
-        # One sequence of everything has the most compressed rows.
-        total_cmp = min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
-    else:
-        len_cmp, cu_blk = cu_cmp[1:] - cu_cmp[:-1], cumulative(len_blk)
-    cu_tiles, tiles = _tile_tables(torch.stack([len_q, len_q, len_cmp, len_k]), (total, total, total_cmp, rows_k))
-    starts = torch.stack([cu_q, cu_k, cu_cmp, cu_blk, cu_tiles[2], cu_tiles[3]])
-    starts = torch.nn.functional.pad(starts, (0, _aligned(n + 1) - (n + 1)))
-    return Plan(
-        tables=torch.cat([starts.flatten(), tiles.flatten()]),
+    if cu_cmp is None or total_cmp is None:  # one sequence of everything has the most compressed rows
+        cu_cmp, total_cmp = None, min(rows_k // config.cmp_stride, n * num_compressed(max_k, config))
+    plan = Plan(
+        tables=cu_q,
         num_seqs=n,
         total_q=total,
         total_k=rows_k,
@@ -185,6 +195,53 @@ def make_plan(
         max_k=max_k,
         config=config,
     )
+    return plan._replace(tables=_tables_of(cu_q)(cu_q, cu_k, cu_cmp, config=config, **plan.sizes()))
+
+
+def _tables_of(cu: Tensor) -> Callable[..., Tensor]:
+    """What makes the tables for lengths on the device of `cu`: kernels on a GPU, unless a compiler or a fake traces."""
+    if cu.is_cuda and type(cu) is Tensor and not torch.compiler.is_compiling() and find_spec("triton"):
+        from nsattn.kernels import _plan
+
+        return _plan.tables
+    return make_tables
+
+
+def make_tables(
+    cu_q: Tensor, cu_k: Tensor, cu_cmp: Tensor | None, *, width: int, size: int, num_units: int, config: NSAConfig
+) -> Tensor:
+    """The tables of a plan in plain torch: the definition.
+
+    Args:
+        cu_q, cu_k, cu_cmp: where sequences begin, `[n + 1]`; compressed rows lie one after the other if that is None.
+        width, size, num_units: see `Plan.sizes`.
+    """
+    n, d = cu_q.shape[0] - 1, config.cmp_stride
+    len_q, len_k = cu_q[1:] - cu_q[:-1], cu_k[1:] - cu_k[:-1]
+    if cu_cmp is None:
+        cu_cmp = cumulative(((len_k - config.cmp_block) // d + 1).clamp_min(0))
+    len_cmp = cu_cmp[1:] - cu_cmp[:-1]
+    cu_blk = cumulative((len_k + config.slc_block - 1) // config.slc_block)
+
+    lengths = torch.stack([len_q, len_q, len_cmp, len_k])
+    rows = lengths.new_full((4, 1), TILE)
+    rows[0] = 2 * TILE
+    cu_tiles = cumulative((lengths + rows - 1) // rows)
+    tile = torch.arange(size, device=cu_q.device, dtype=torch.int32).repeat(4, 1)
+    seq = torch.searchsorted(cu_tiles, tile, right=True) - 1  # of all of it: inductor cannot search a slice
+    tiles = torch.stack([torch.where(seq < n, seq, -1).int(), (tile - cu_tiles.gather(1, seq)) * rows], dim=2)
+
+    first_unit = cu_k // d + torch.arange(n + 1, device=cu_q.device, dtype=torch.int32)
+    unit = torch.arange(num_units, device=cu_q.device, dtype=torch.int32)
+    seq = (torch.searchsorted(first_unit, unit, right=True) - 1).clamp(0, n - 1)
+    unit = unit - first_unit[seq]
+    used = (unit >= 0) & (unit * d < len_k[seq])
+    begin = cu_cmp[seq]
+    units = torch.where(used, torch.stack([cu_k[seq] + unit * d, begin + unit, begin, cu_cmp[seq + 1]]), 0)
+
+    starts = torch.stack([cu_q, cu_k, cu_cmp, cu_blk, *cu_tiles.unbind()])
+    starts = torch.nn.functional.pad(starts, (0, width - (n + 1)))
+    return torch.cat([starts.flatten(), tiles.flatten(), units.flatten()])
 
 
 def make_cached_plan(
@@ -260,23 +317,3 @@ def _max_length(cu: Tensor, total: int, max_seqlen: int | None) -> int:
 def cumulative(lengths: Tensor) -> Tensor:
     """Running sums `[..., n + 1]` of lengths `[..., n]` that start at 0: where each begins, and the total."""
     return torch.nn.functional.pad(lengths.cumsum(-1, dtype=torch.int32), (1, 0))
-
-
-def _tile_tables(lengths: Tensor, totals: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For each row of lengths `[rows, n]`: first tile of each sequence, `[n + 1]`, and (sequence, first row) of each
-    tile, `[*, 2]`; all int32.
-
-    Tiles have TILE rows, those of the first table twice as many. The number of entries is a bound that follows from the
-    total; unused ones hold sequence -1.
-    """
-    n = lengths.shape[1]
-    # An even number of entries keeps tables at multiples of 16 bytes. At least two: inductor (torch 2.11, on a GPU)
-    # cannot search for one.
-    size = _aligned(max(totals) // TILE + n)
-    rows = lengths.new_full((len(totals), 1), TILE)
-    rows[0] = 2 * TILE
-    cu = cumulative((lengths + rows - 1) // rows)
-    tile = torch.arange(size, device=lengths.device, dtype=torch.int32).repeat(len(totals), 1)
-    seq = torch.searchsorted(cu, tile, right=True) - 1  # of all of cu: inductor cannot search a slice
-    first = (tile - cu.gather(1, seq)) * rows
-    return cu, torch.stack([torch.where(seq < n, seq, -1).int(), first], dim=2)

@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import nsattn.kernels
 from nsattn import NSAConfig, dispatch
-from nsattn.kernels import rotate_triton
+from nsattn.kernels import _plan, rotate_triton
 from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
 
 WORKSPACE = 1 << 30
@@ -178,6 +178,9 @@ def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[
                                    slc_block=cell.slc_block, capability=capability)
             if entry.is_kernel and not any(dispatch.unmet(entry, shape)):
                 yield from _operation(operation, dispatch.load(operation, impl), cell, x)
+    plan = x.plan
+    for cu_cmp in (None, plan.cu_cmp):
+        yield lambda cu=cu_cmp: _plan.tables(plan.cu_q, plan.cu_k, cu, config=config, **plan.sizes())
     tables = torch.zeros(2, x.plan.total_q, 1, cell.head_dim)  # float32, as the layer makes them
     for like in (tables, tables.to(cell.dtype)):
         for backward in (False, True):

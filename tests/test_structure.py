@@ -24,7 +24,7 @@ PACKAGE = ROOT / "nsattn"
 # What each module may import of nsattn. Kernels: tile helpers, plan and config, and shared files with a leading _.
 ARROWS = {
     "config": set(),
-    "plan": {"config"},
+    "plan": {"config", "kernels._plan"},  # its own kernels, imported where they run
     "dispatch": set(),
     "checks": {"config", "plan"},
     "branches": {"config", "dispatch", "plan", "kernels.reference", "kernels.rotate_triton"},

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, last_at_most, lists_bytes, load_item
+from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, lists_bytes, load_item
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
     delta_bytes,
     dot,
+    last_at_most,
     load_rows,
     lse_dtype,
     next_power_of_2,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import bounds
+from nsattn.kernels._tile import bounds, last_at_most
 from nsattn.plan import TILE, Plan
 
 SLACK = 64 << 20  # what lists and tables may take beyond the workspace, which counts for the partials
@@ -249,19 +249,6 @@ def _place_kernel(
     place += bit_counts(members & lower[:, None])
     tl.store(TOKENS + place, tl.broadcast_to(row.to(tl.int32)[:, None], [BT, BN]), mask=used)
     tl.store(INVERSE + (((row - row0) * heads + i_h) * N)[:, None] + o_n[None, :], place, mask=used)
-
-
-@triton.jit
-def last_at_most(P, size, x):
-    """Index of the last entry of the ascending array P[:size] that is <= x, element by element; 0 if none is."""
-    low = tl.zeros_like(x)
-    high = low + size - 1
-    while tl.max(high - low, 0) > 0:
-        middle = (low + high + 1) // 2
-        left = tl.load(P + middle) <= x
-        low = tl.where(left, middle, low)
-        high = tl.where(left, high, tl.maximum(middle - 1, low))
-    return low
 
 
 @triton.jit(do_not_specialize=["num_lists", "num_items", "pairs_per_item", "num_blk", "ranges", "num_seqs"])

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsattn.kernels._gradient import Gradient, KeyBlocks, key_sums, slice_bytes, walk_keys
-from nsattn.kernels._lists import BlockLists, Chunk, last_at_most
-from nsattn.kernels._tile import bounds
+from nsattn.kernels._lists import BlockLists, Chunk
+from nsattn.kernels._tile import bounds, last_at_most
 from nsattn.plan import Plan
 
 

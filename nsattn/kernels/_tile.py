@@ -1,4 +1,4 @@
-"""Steps that kernels share: bounds of a sequence, one product, one softmax, one gradient of scores.
+"""Steps that kernels share: bounds of a sequence, a search, one product, one softmax, one gradient of scores.
 
 Names in kernels: `i_` program and loop indices, `o_` offset vectors, `m_` masks, `p_` pointers, `b_` values on chip;
 upper case for compile-time sizes. `BD`, `BDV` are the head dims rounded up to powers of two. Row offsets are int64
@@ -18,6 +18,19 @@ def bounds(cu, i_s):
     """First row (int64) and length (int32) of sequence i_s."""
     start = tl.load(cu + i_s)
     return start.to(tl.int64), tl.load(cu + i_s + 1) - start
+
+
+@triton.jit
+def last_at_most(P, size, x):
+    """Index of the last entry of the ascending array P[:size] that is <= x, element by element; 0 if none is."""
+    low = tl.zeros_like(x)
+    high = low + size - 1
+    while tl.max(high - low, 0) > 0:
+        middle = (low + high + 1) // 2
+        left = tl.load(P + middle) <= x
+        low = tl.where(left, middle, low)
+        high = tl.where(left, high, tl.maximum(middle - 1, low))
+    return low
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Compression of key and value blocks (Eq 7) in Triton: y_i = phi(x[i*d : i*d + l]) per KV head, any packing.
 
-All kernels walk *units*. A unit is d tokens that start at a multiple of d inside a sequence; unit u begins
-compressed row u of its sequence, if that row exists, and its tokens lie in the rows u - n, n < l/d. `_units`
-lists the units of all sequences once per call, so a tile of units may span sequences and short ones fill it.
+All kernels walk the *units* of `Plan.units`, d tokens each that begin a compressed row and lie in it and in those
+before. The table lists those of all sequences, so a tile of units may span sequences and short ones fill it.
 
 `linear` and the layers of `mlp` are one product, y_i = sum_j x[i*d + j] @ w[j] + b, with no unfolded copy:
 
@@ -38,7 +37,7 @@ def compress(x: Tensor, params: tuple[Tensor, ...], plan: Plan, *, method: str) 
     if plan.total_cmp == 0:
         width = params[-1].shape[-1] if method in ("linear", "mlp") else x.shape[-1]
         return x.new_zeros(0, x.shape[1], width)
-    units = _units(plan)
+    units = plan.units
     if method == "linear":
         return _product(x, *params, units, plan.total_cmp)
     if method == "mlp":
@@ -54,7 +53,7 @@ def compress_bwd(
     """Gradients of `compress`: (dx, *dparams), each in the dtype of what it belongs to."""
     if plan.total_cmp == 0:
         return x.new_zeros(x.shape), *(torch.zeros_like(p) for p in params)
-    units = _units(plan)
+    units = plan.units
     if method == "linear":
         dx, dw = _product_bwd(dy, x, params[0], units, plan.config.cmp_stride, x.dtype)
         dparams = (dw, _sum_rows(dy, plan))
@@ -103,38 +102,6 @@ def load_units(units, o_unit, num_units):
     begin = tl.load(units + 2 * num_units + o_unit, mask=m, other=0)
     end = tl.load(units + 3 * num_units + o_unit, mask=m, other=0)
     return token, row, begin, end
-
-
-@triton.jit(do_not_specialize=["num_seqs", "num_units", "steps"])
-def _units_kernel(cu_k, cu_cmp, units, num_seqs, num_units, steps, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK units: find the sequence s of each by bisection over its first unit, cu_k[s] // d + s."""
-    o_unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seq = tl.zeros([BLOCK], tl.int32)
-    for i in range(steps):
-        later = seq + (1 << (steps - 1 - i))
-        start = tl.load(cu_k + later, mask=later < num_seqs, other=0)
-        seq = tl.where((later < num_seqs) & (start // STRIDE + later <= o_unit), later, seq)
-    first = tl.load(cu_k + seq)
-    u = o_unit - (first // STRIDE + seq)
-    begin = tl.load(cu_cmp + seq)
-    end = tl.load(cu_cmp + seq + 1)
-    used = u * STRIDE < tl.load(cu_k + seq + 1) - first
-    m = o_unit < num_units
-    tl.store(units + o_unit, tl.where(used, first + u * STRIDE, 0), mask=m)
-    tl.store(units + num_units + o_unit, tl.where(used, begin + u, 0), mask=m)
-    tl.store(units + 2 * num_units + o_unit, tl.where(used, begin, 0), mask=m)
-    tl.store(units + 3 * num_units + o_unit, tl.where(used, end, 0), mask=m)
-
-
-def _units(plan: Plan) -> Tensor:
-    """int32 [4, units], see `load_units`. A sequence rounds its last unit up: n more than the total gives."""
-    num_units = plan.total_k // plan.config.cmp_stride + plan.num_seqs
-    units = plan.cu_k.new_empty(4, num_units)
-    _units_kernel[(triton.cdiv(num_units, 256),)](
-        plan.cu_k, plan.cu_cmp, units, plan.num_seqs, num_units, plan.num_seqs.bit_length(),
-        STRIDE=plan.config.cmp_stride, BLOCK=256,
-    )
-    return units
 
 
 def _row_units(units: Tensor) -> Tensor:
