@@ -154,7 +154,7 @@ def captured(
         torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
     def replay_backward() -> None:
-        assert y.grad_fn is not None  # y holds what the captured backward reads
+        assert y.grad_fn is not None and dy is not None  # hold what the captured backward reads
         backward.replay()
 
     return forward.replay, replay_backward
