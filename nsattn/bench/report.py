@@ -80,13 +80,13 @@ def _against_length(rows: list[Row]) -> str:
 
     def draw(axes: Any, direction: str) -> None:
         for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):
-            for op, impl, style, label in (
-                ("nsa_attention", "auto", "o-", "NSA"),
-                ("nsa_attention", "auto graph", ".--", "NSA, CUDA graph"),
-                ("dense causal", "cudnn", "s:", "dense"),
+            for op, graph, style, label in (
+                ("nsa_attention", False, "o-", "NSA"),
+                ("nsa_attention", True, ".--", "NSA, CUDA graph"),
+                ("dense causal", False, "s:", "dense"),
             ):
-                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl, r.direction)
-                               == (Hq, Hkv, op, impl, direction)), key=lambda r: r.T)
+                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl.endswith(" graph"), r.direction)
+                               == (Hq, Hkv, op, graph, direction)), key=lambda r: r.T)
                 if mine:
                     _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour, f"{Hq}/{Hkv} {label}")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=direction)
