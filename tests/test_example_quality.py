@@ -68,6 +68,21 @@ def test_a_stopped_command_goes_on_and_ends_like_one_without_a_stop(tmp_path, ca
         run(tmp_path / "whole", "data.held_out=5")
 
 
+def test_runs_that_start_from_a_trained_model(tmp_path):
+    """The dense model is trained once, all runs start from its weights, and the report says so."""
+    before = "start={attention: full, max_steps: 3, seed: 41}"
+    results = run(tmp_path, before, "training.max_steps=2", "training.eval_steps=1")
+    assert list(results) == ["full", "nsa"] and results["full"]["steps"] == 2
+    written = json.loads((tmp_path / "quality.json").read_text())
+    assert written["start"]["steps"] == 3
+    assert "Before the runs: 3 steps of full attention" in (tmp_path / "quality.md").read_text()
+    config = quality.read_config(str(FOLDER / "tiny.yaml"), [f"training.output_dir={tmp_path}", before])
+    first, second = (quality.start(config, config["runs"]["full"], seed).state_dict() for seed in (1, 2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    with pytest.raises(ValueError, match="cannot be named"):
+        run(tmp_path, "runs={start: {attention: full}}")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in the interpreter")
 def test_both_schedules_learn_the_same(tmp_path):
     """`qmajor` and `kvmajor` from one start: the same curve up to float32 rounding."""

@@ -4,7 +4,8 @@
     python examples/quality/quality.py examples/quality/tiny.yaml           # a CPU, one minute
 
 Every run starts from the same weights (the NSA models are the dense one, converted), sees the same text in the same
-order and takes the same steps; `runs` in the YAML file says how they differ. A finished run is not trained again, and
+order and takes the same steps; `runs` in the YAML file says how they differ. With `start` in it, the dense model is
+trained that far first, else the runs start from random weights. A finished run is not trained again, and
 an unfinished one goes on from its last checkpoint. After `minutes` it stops with exit status 75: start it again.
 The output folder gets `quality.json`, `quality.md` and `quality.png`.
 """
@@ -31,6 +32,7 @@ from nsattn.integrations.transformers import NSALlamaConfig, convert_to_nsa
 from nsattn.train.data import Corpus, bits, load_corpus, ngram_bits_per_byte
 
 UNFINISHED = 75
+START = "start"  # the training before the runs, in the configuration and as a folder
 
 
 class Windows(torch.utils.data.Dataset):
@@ -72,6 +74,9 @@ def start(config: dict[str, Any], run: dict[str, Any], seed: int) -> Any:
     """The model of a run before its first step: the dense one of this seed, converted if the run has NSA."""
     transformers.set_seed(seed)
     model = make_model({**config, "attention": "full"})
+    if config.get(START) and run is not config[START]:
+        trained = Path(config["training"]["output_dir"]) / START / "model"
+        model = type(model).from_pretrained(trained, dtype=torch.float32)
     if run["attention"] == "nsa":
         fields = NSALlamaConfig(**config["model"])
         convert_to_nsa(
@@ -84,7 +89,8 @@ def start(config: dict[str, Any], run: dict[str, Any], seed: int) -> Any:
 
 def train(name: str, config: dict[str, Any], corpus: Corpus, deadline: float) -> dict[str, Any] | None:
     """Train a run to its end and return its result, or None where time ran out. Finished ones are read from disk."""
-    run, folder = config["runs"][name], Path(config["training"]["output_dir"]) / name
+    run = config[START] if name == START else config["runs"][name]
+    folder = Path(config["training"]["output_dir"]) / name
     asked = {**{key: value for key, value in config.items() if key not in ("runs", "minutes")}, "run": run}
     written = folder / "config.json"
     if written.exists() and json.loads(written.read_text()) != json.loads(json.dumps(asked)):
@@ -109,6 +115,8 @@ def train(name: str, config: dict[str, Any], corpus: Corpus, deadline: float) ->
     history = trainer.state.log_history
     if trainer.state.global_step < args.max_steps:
         return None
+    if name == START:
+        trainer.save_model(str(folder / "model"))
     nats = by_position(trainer, windows)
     result = {
         "attention": run["attention"], "impl": run.get("impl", "auto" if run["attention"] == "nsa" else "sdpa"),
@@ -149,8 +157,10 @@ def positions(nats: torch.Tensor) -> list[list[float]]:
     return [[a, b, bits(nats[:, a:b].mean().item())] for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
-def summarize(results: dict[str, dict[str, Any]], baselines: dict[str, float], folder: Path) -> str:
-    """Write quality.json, quality.md and quality.png; return the table."""
+def summarize(
+    results: dict[str, dict[str, Any]], before: dict[str, Any] | None, baselines: dict[str, float], folder: Path
+) -> str:
+    """Write quality.json, quality.md and quality.png; return the table. `before` is the training before the runs."""
     lines = ["| run | parameters | tokens | seconds | tokens / s | held out, bits per byte | over the first |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
     first = next(iter(results.values()))
@@ -166,9 +176,12 @@ def summarize(results: dict[str, dict[str, Any]], baselines: dict[str, float], f
     for (a, one), (b, two) in itertools.combinations(sparse, 2):
         gap = np.abs(np.array(one["curve"])[:, 1] / np.array(two["curve"])[:, 1] - 1)
         lines.append(f"Training loss, {a} against {b}: {gap.mean():.2%} apart on average, {gap.max():.2%} at most.  ")
+    if before:
+        lines.append(f"Before the runs: {before['steps']} steps of full attention, "
+                     f"{before['held_out_bits']:.4f} bits per byte held out.  ")  # fmt: skip
     lines.append(", ".join(f"{name} {value:.3f}" for name, value in baselines.items()) + " bits per byte.")
     table = "\n".join(lines) + "\n"
-    (folder / "quality.json").write_text(json.dumps({"baselines": baselines, "runs": results}) + "\n")
+    (folder / "quality.json").write_text(json.dumps({"baselines": baselines, START: before, "runs": results}) + "\n")
     (folder / "quality.md").write_text(table)
     draw(results, baselines, folder / "quality.png")
     return table
@@ -207,15 +220,18 @@ def main(argv: list[str]) -> dict[str, dict[str, Any]]:
     deadline = time.perf_counter() + 60 * config["minutes"]
     length, folder = config["data"]["length"], Path(config["training"]["output_dir"])
     corpus = load_corpus(config["data"]["path"] or "", seq_len=length)
+    if START in config["runs"]:
+        raise ValueError(f"a run cannot be named {START!r}: that is the training before the runs. Rename it.")
     results = {}
-    for name in config["runs"]:
+    for name in ([START] if config.get(START) else []) + list(config["runs"]):
         result = train(name, config, corpus, deadline)
         if result is None:
             sys.stderr.write(f"{config['minutes']} minutes are over in run {name}: start the command again\n")
             sys.exit(UNFINISHED)
         results[name] = result
+    before = results.pop(START, None)
     windows = corpus.held_out_windows(config["data"]["held_out"], length - 1)
-    sys.stdout.write(summarize(results, ngram_bits_per_byte(corpus.train, windows), folder))
+    sys.stdout.write(summarize(results, before, ngram_bits_per_byte(corpus.train, windows), folder))
     return results
 
 
