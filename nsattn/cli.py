@@ -265,6 +265,21 @@ def bench_paper(
         typer.echo(f"wrote {path}")
 
 
+@bench.command("repeat")
+@_bad_parameters()
+def bench_repeat(
+    old: Annotated[Path, typer.Argument(help="JSON file of nsattn bench")],
+    new: Annotated[Path, typer.Argument(help="JSON file of the same bench, run again")],
+    within: Annotated[float, typer.Option(min=0, help="by how much a ratio may change")] = 0.05,
+) -> None:
+    """Do two runs agree? Compare the ratios of contenders to ours; exits with 1 if one changed by more."""
+    from nsattn.bench.repeat import compare, report
+
+    found = compare(old, new)
+    typer.echo(report(found, within))
+    raise typer.Exit(any(abs(r.change) > within for r in found))
+
+
 def _head_counts(text: str) -> tuple[int, int]:
     """(Hq, Hkv) of a text like 32/8."""
     try:

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import nsattn
-from nsattn.bench import base, peers, selected, selected_summary
+from nsattn.bench import base, peers, repeat, selected, selected_summary
 from nsattn.bench.cases import (
     ALONE,
     BASE,
@@ -32,6 +33,7 @@ from nsattn.bench.peers import fsa
 from nsattn.bench.session import Session
 from nsattn.bench.timing import Row, floor_ms, interleave, merge, percentiles, read_rows, save
 from nsattn.bench.truth import Truth
+from nsattn.cli import app
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
@@ -606,3 +608,28 @@ def test_overhead_compares_the_same_work(family):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
     assert model._overhead(("tiny", 96, *sizes), model.TINY["tiny"], config, "cpu").phase == model.OVERHEAD
+
+
+def test_whether_two_runs_agree(tmp_path):
+    """A drift of all times is none of the ratios'; a contender that alone moved is named, with exit status 1."""
+
+    def runs(slower, contender):
+        rows = [row(ms=slower), row("torch", "cudnn", ms=contender * slower, op="dense causal"),
+                row(impl="qmajor", ms=3 * slower), row("fsa", "x", ms=7, ok=False), row(impl="kvmajor", ms=9)]
+        return [*rows, row(impl="auto graph", ms=slower / 2), row("fla", "x graph", ms=4 * slower)]  # fmt: skip
+
+    old, same, moved = (tmp_path / name for name in ("old.json", "same.json", "moved.json"))
+    save(runs(1.0, 5.0), str(old))
+    save(runs(1.2, 5.1), str(same))
+    save(runs(1.2, 6.0), str(moved))
+    expected = {
+        "torch dense causal cudnn": 5.0, "nsattn attend_selected qmajor": 3.0, "fla attend_selected x graph": 8.0,
+    }  # fmt: skip
+    found = repeat.ratios([asdict(r) for r in runs(1.0, 5.0)])
+    assert {next(k for k in expected if name.startswith(k)): value for name, value in found.items()} == expected
+    assert len(repeat.compare(old, same)) == 1  # equal numbers are rows of one run
+    good, bad = (CliRunner().invoke(app, ["bench", "repeat", str(old), str(new)]) for new in (same, moved))
+    assert good.exit_code == 0 and "1 of 1 ratios agree within 5%" in good.output
+    assert bad.exit_code == 1 and "+20.0%    5.00 ->   6.00  torch dense causal cudnn" in bad.output
+    with pytest.raises(ValueError, match="no ratio"):
+        repeat.compare(old, old)

@@ -52,6 +52,7 @@ def test_why_names_the_choice_and_the_reasons():
         (("bench", "selected", "--shard", "2/2"), "shard must be"),
         (("bench", "decode", "--base", "nothing"), "base must be a commit of"),
         (("bench", "plot", "nothing.json"), "is not a results file"),
+        (("bench", "repeat", "nothing.json", "nothing.json"), "is not a results file"),
     ],
 )
 def test_bad_arguments_end_with_2(arguments, text):

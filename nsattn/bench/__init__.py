@@ -6,6 +6,7 @@ decode:    the attention of one decoding step, beside dense attention over the s
 model:     training steps and prefill of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
 paper:     docs/paper.md, the claims of the FSA paper beside what was measured.
+repeat:    whether two runs agree, ratio by ratio.
 all:       all of these in one folder, in as many sittings as it takes (`whole.py`, `session.py`).
 
 The first three can time another commit of ours beside this one (`base.py`).

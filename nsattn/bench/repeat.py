@@ -1,0 +1,94 @@
+"""`nsattn bench repeat`: do two runs agree? Their ratios are compared, since machines are shared and times drift.
+
+A ratio is the time of a contender, or of our kernels in the order of the NSA paper (`qmajor`), over that of ours for
+the same shape and direction, both right. Contenders of the whole attention are compared with the whole of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nsattn.bench.timing import KEY, OURS, read_rows
+
+SHAPE = tuple(name for name in KEY if name not in ("who", "op", "impl"))
+MODEL = ("model", "layers", "T", "B", "N", "phase")
+STANDS_FOR = {"dense causal": ("nsa_attention", "attend_selected")}  # what of ours does the same work
+GRAPH = " graph"
+
+
+class Ratio(NamedTuple):
+    """A contender's time over ours, in two runs."""
+
+    name: str
+    old: float
+    new: float
+
+    @property
+    def change(self) -> float:
+        return self.new / self.old - 1
+
+
+def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """All ratios of a results file: what is compared, and the contender's time over ours."""
+    right = [row for row in rows if row.get("ok", True)]
+    found = {}
+    for row in right:
+        for ours in right:
+            if _compared(row, ours):
+                found[_name(row)] = row["ms"] / ours["ms"]
+                break
+    return found
+
+
+def _compared(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether `ours` is what the contender's `row` is measured against."""
+    if "phase" in row:
+        same = all(row[name] == ours[name] for name in MODEL)
+        return same and ours["attention"] == "auto" and row["attention"] != "auto"
+    if ours["who"] != OURS or not (row["who"] != OURS or row["impl"].startswith("qmajor")):
+        return False
+    ops = STANDS_FOR.get(row["op"], (row["op"],))
+    impls = ("auto", "triton", "kvmajor_sm90")
+    graph = GRAPH if row["impl"].endswith(GRAPH) else ""
+    return ours["op"] in ops and ours["impl"] in [x + graph for x in impls] and all(row[x] == ours[x] for x in SHAPE)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    names = ("model", "T", "B", "N", "phase", "attention") if "phase" in row else ("who", "op", "impl", *SHAPE)
+    return " ".join(f"{row[name]}" for name in names if row[name] != "")
+
+
+def compare(old: Path, new: Path) -> list[Ratio]:
+    """Ratios that both files have, most changed first; not those that one file has from the other.
+
+    Raises:
+        ValueError: a file that is missing or holds no rows, or two files without a ratio in common.
+    """
+    before, after = (ratios(_rows(path)) for path in (old, new))
+    common = [Ratio(name, x, after[name]) for name, x in before.items() if after.get(name, x) != x]
+    if not common:
+        raise ValueError(f"{old} and {new} have no ratio of a contender to ours in common. Time the same shapes twice.")
+    return sorted(common, key=lambda r: -abs(r.change))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return rows if "phase" in rows[0] else [asdict(row) for row in read_rows(path)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not a results file of nsattn bench ({error}). Make it again.") from error
+
+
+def report(found: list[Ratio], within: float, most: int = 20) -> str:
+    """How many ratios moved by no more than `within`, and those that moved most."""
+    beyond = [r for r in found if abs(r.change) > within]
+    middle = statistics.median(abs(r.change) for r in found)
+    agree = len(found) - len(beyond)
+    lines = [f"{agree} of {len(found)} ratios agree within {within:.0%}; median change {middle:.1%}."]
+    lines += [f"{r.change:+7.1%}  {r.old:6.2f} -> {r.new:6.2f}  {r.name}" for r in found[:most]]
+    return "\n".join(lines)
