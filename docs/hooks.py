@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 PAGES = (
     "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_hf/README.md", "benchmarks/README.md",
-    "benchmarks/results/h200/verify.md",
+    "benchmarks/results/h200/verify.md", "benchmarks/results/h200/repeat.md", "benchmarks/results/h200/counters.md",
 )  # fmt: skip
 TABLES = {
     "support": dispatch.support_table,

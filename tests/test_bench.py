@@ -623,13 +623,13 @@ def test_whether_two_runs_agree(tmp_path):
     save(runs(1.2, 5.1), str(same))
     save(runs(1.2, 6.0), str(moved))
     expected = {
-        "torch dense causal cudnn": 5.0, "nsattn attend_selected qmajor": 3.0, "fla attend_selected x graph": 8.0,
+        "torch dense causal cudnn": 10.0, "nsattn attend_selected qmajor": 3.0, "fla attend_selected x graph": 8.0,
     }  # fmt: skip
     found = repeat.ratios([asdict(r) for r in runs(1.0, 5.0)])
     assert {next(k for k in expected if name.startswith(k)): value for name, value in found.items()} == expected
     assert len(repeat.compare(old, same)) == 1  # equal numbers are rows of one run
     good, bad = (CliRunner().invoke(app, ["bench", "repeat", str(old), str(new)]) for new in (same, moved))
     assert good.exit_code == 0 and "1 of 1 ratios agree within 5%" in good.output
-    assert bad.exit_code == 1 and "+20.0%    5.00 ->   6.00  torch dense causal cudnn" in bad.output
+    assert bad.exit_code == 1 and "+20.0%   10.00 ->  12.00  torch dense causal cudnn" in bad.output
     with pytest.raises(ValueError, match="no ratio"):
         repeat.compare(old, old)
