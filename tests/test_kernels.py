@@ -152,10 +152,11 @@ def test_selection_ties_go_to_the_lower_index():
     dim, T = (64, 1500) if GPU else (16, 140)
     dtype = torch.bfloat16 if GPU else torch.float32
     x = make_inputs((T,), num_kv_heads=1, group=3, head_dim=dim, config=config, dtype=dtype, device=DEVICE)
+    q = x.q.round()  # products of whole numbers are exact: some CPUs add the last columns of a product in another order
     k_cmp = torch.ones_like(x.k_cmp)
-    lse = branches.attend_compressed(x.q, k_cmp, x.v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[1]
-    got = branches.select_blocks(x.q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
-    want = reference.select_blocks(x.q.double(), k_cmp.double(), lse.double(), x.plan, scale=x.scale)
+    lse = branches.attend_compressed(q, k_cmp, x.v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[1]
+    got = branches.select_blocks(q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
+    want = reference.select_blocks(q.double(), k_cmp.double(), lse.double(), x.plan, scale=x.scale)
     inner = got[-1, 0, 1:-2]  # between the first and the two local blocks: 1, 2, 3, ... but block 0's edge weighs less
     assert inner.tolist() == sorted(inner.tolist()) and inner.max() <= config.num_selected
     assert compare_selections(got, want).wrong <= 0
