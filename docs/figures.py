@@ -70,7 +70,7 @@ def draw_branches() -> Any:
             cell(ax, t, y, 1, 3, colour if chosen and seen else GREY if seen else "white", lw=0.5)
     for i in range(7):  # whole blocks only
         cell(ax, i * block + 0.15, 16, block - 0.3, 3, GREEN)
-    for b, label in ((0, "forced: first"), (3, "best score"), (6.5, "forced: two latest")):
+    for b, label in ((0, "forced: first"), (3, "best score"), (6.1, "forced: two latest")):
         ax.text(b * block + 4, 11.7, label, ha="center", fontsize=7.5, color=BLUE)
     ax.plot([query + 0.5] * 2, [-2.2, 20.5], color=INK, lw=1)
     ax.text(query + 0.5, -3.4, "query", ha="center", va="center")

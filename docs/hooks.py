@@ -24,8 +24,10 @@ from nsattn.bench import model, summary
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 PAGES = (
-    "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_hf/README.md", "benchmarks/README.md",
+    "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
+    "examples/train_hf/README.md", "examples/quality/README.md", "examples/passkey/README.md",
     "benchmarks/results/h200/verify.md", "benchmarks/results/h200/repeat.md", "benchmarks/results/h200/counters.md",
+    "benchmarks/results/h200/passkey/passkey.md",
 )  # fmt: skip
 TABLES = {
     "support": dispatch.support_table,
@@ -95,17 +97,22 @@ def signature(name: str, thing: Any) -> str:
 
 
 def docstring(thing: Any) -> str:
-    """A docstring with sections (`Args:` and an indented list) as Markdown."""
+    """A docstring as Markdown: headings of one or two words (`Args:`), their indented lists, indented code."""
     out: list[str] = []
     section = False
-    for line in (inspect.getdoc(thing) or "").splitlines():
+    lines = re.sub(r"(?<=\n\n)(    .*\n(?:    .*\n|\n(?=    ))*)", fenced, (inspect.getdoc(thing) or "") + "\n")
+    code = False
+    for line in lines.splitlines():
         indent, text = len(line) - len(line.lstrip()), line.strip()
         entry = re.match(r"([\w, ]+): (.*)", text)
-        if not indent:
-            heading = re.match(r"([A-Z][\w, ]*):( |$)(.*)", text)
+        if code or text.startswith("```"):
+            code ^= text.startswith("```")
+            out.append(line)
+        elif not indent:
+            heading = re.match(r"([A-Z]\w*(?: \w+)?):( |$)(.*)", text)
             section = bool(heading and not heading[3])
             if heading:
-                out += ["", f"**{heading[1]}.** {escape(heading[3])}", ""][: 3 if section else 2]
+                out += ["", f"**{heading[1]}:** {escape(heading[3])}", ""][: 3 if section else 2]
             else:
                 out.append(escape(text))
         elif section and indent == 4 and entry:
@@ -117,7 +124,13 @@ def docstring(thing: Any) -> str:
     return "\n".join(out).strip()
 
 
+def fenced(match: re.Match[str]) -> str:
+    """Indented code, marked as such."""
+    return "```python\n" + re.sub(r"^    ", "", match[1], flags=re.M).rstrip() + "\n```\n"
+
+
 def escape(text: str) -> str:
     """Markdown's special characters outside of code."""
     parts = text.split("`")
-    return "`".join(re.sub(r"([*_<\[\]])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    parts[::2] = [re.sub(r"([*_\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from nsattn import branches  # noqa: F401  registers the ops
 
 SELECTION = ("select_blocks",)
-ATTENTION = ("select_blocks", "attend_compressed", "attend_selected", "attend_window", "compress")
+ATTENTION = (*SELECTION, "compress", "attend_compressed", "attend_selected", "attend_window", "attend_gated")
 
 
 def checkpoint_contexts(save: str = "selection") -> Any:
@@ -20,8 +20,8 @@ def checkpoint_contexts(save: str = "selection") -> Any:
 
     - `selection`: the selected blocks, 4 * Hkv * N bytes a token. They have no gradient, and finding them again takes
       as long as finding them.
-    - `attention`: also the outputs and log-sum-exps of the branches and the compressed rows, about 6 * Hq * Dv bytes a
-      token in 16 bit. The attention is then not computed again at all.
+    - `attention`: also the outputs and log-sum-exps of the branches, their sum, and the compressed rows, about
+      8 * Hq * Dv bytes a token in 16 bit. The attention is then not computed again at all.
 
     Gradients are the same bits. For transformers:
     `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": nsattn.checkpoint_contexts})`.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import nsattn
 from nsattn import dispatch
 from nsattn.cli import app
-from nsattn.verify import AXES, cells
+from nsattn.verify import AXES, OPERATIONS, cells
 
 GPU = torch.cuda.is_available()
 
@@ -71,7 +71,7 @@ def test_verify_covers_every_kernel_and_every_axis(monkeypatch):
     monkeypatch.setattr(dispatch, "capability", lambda device, index: (9, 0) if device == "cuda" else None)
     for device in ("cpu", "cuda"):
         listed = list(cells(device))
-        kernels = {(op, impl) for op, impls in dispatch.TABLE.items() for impl, cell in impls.items()
+        kernels = {(op, impl) for op, impls in OPERATIONS.items() for impl, cell in impls.items()
                    if cell.is_kernel and (device == "cuda" or cell.generation is None)}
         assert {(c.operation, c.impl) for c in listed} == kernels
         axes = {c.case.axis for c in listed}

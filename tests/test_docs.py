@@ -36,9 +36,58 @@ def test_site_builds_without_warnings(tmp_path):
     for page in tmp_path.rglob("*.html"):
         text = page.read_text()
         assert ":::" not in text, page.name
+        assert 'name="viewport"' in text, page.name
         outside = set(re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?://[^\"]+)", text))
         assert not outside, f"{page.name} fetches {outside}"
     assert "Section 3.3.3" in (tmp_path / "reference.html").read_text()
+    start = (tmp_path / "index.html").read_text()
+    for path in re.findall(r"^ +- .*: (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.M):
+        assert f'href="{path.replace("README", "index")}.html"' in start, f"{path} is not in the navigation"
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    """Headings, lists and code of a docstring; a sentence with a colon is no heading."""
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    class Thing:
+        """A thing, for one: it does <= 2 things_at_once.
+
+            x = thing(y)
+
+            z = x[0] * x[1]
+
+        Numerics: exact.
+
+        Args:
+            a, b: sizes,
+                both.
+        """
+
+    assert [line.rstrip() for line in hooks.docstring(Thing).splitlines() if line.strip()] == [
+        "A thing, for one: it does &lt;= 2 things\\_at\\_once.",
+        "```python", "x = thing(y)", "z = x[0] * x[1]", "```",
+        "**Numerics:** exact.",
+        "**Args:**",
+        "- `a`, `b`: sizes,",
+        "    both.",
+    ]  # fmt: skip
+
+
+def test_three_clicks_from_the_readme():
+    """Links of README, and of the pages that these lead to, reach what a reader looks for."""
+    found = {ROOT / "README.md"}
+    for _ in range(2):
+        for page in [page for page in found if page.suffix == ".md"]:
+            links = re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text())
+            found |= {(page.parent / link).resolve() for link in links}
+    wanted = (
+        "docs/index.md", "docs/limits.md", "docs/equations.md", "benchmarks/README.md", "docs/faq.md", "docs/model.md",
+        "benchmarks/results/h200/attention.json", "nsattn/kernels/reference.py",
+        "nsattn/kernels/attend_selected_kvmajor.py",
+    )  # fmt: skip
+    assert {ROOT / path for path in wanted} <= found
 
 
 def test_picture_of_times_shows_the_results():

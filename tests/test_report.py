@@ -18,8 +18,8 @@ ROW = Row("nsattn", "attend_selected", "auto", 65536, 16, 4, 128, 128, 64, 16, "
           1.0, True, "abc", set="target")
 
 
-def page(folder: Path) -> str:
-    return report.write(folder, folder / "out" / "page.html").read_text()
+def page(folder: Path, out: Path | None = None) -> str:
+    return report.write(folder, (out or folder / "out") / "page.html").read_text()
 
 
 def section(text: str, title: str) -> str:
@@ -37,9 +37,27 @@ def test_page_of_committed_results(tmp_path):
     table = section(text, "How far from the floor")
     assert len(rows) == table.count("<tr>") - 1
     for r in rows:
-        assert f"<td>{r.op}</td><td>{r.impl}</td><td>{r.direction}</td><td>{r.ms:.2f}</td>" in table
+        operation = r.op if r.who in ("nsattn", "torch") else f"{r.op}, {r.who}"
+        assert f"<td>{operation}</td><td>{r.impl}</td><td>{r.direction}</td><td>{r.ms:.2f}</td>" in table
     if not (RESULTS / "models.json").exists():
         assert "there is no models.json" in section(text, "Models")
+
+
+def test_page_fits_a_phone(tmp_path):
+    """What is wide stands in a box that scrolls; links of the page have targets; no two lines share a colour."""
+    text = page(RESULTS, tmp_path)
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert ".wide { overflow-x: auto; }" in text
+    for tag in ("<table", "<svg"):
+        assert text.count(tag) == text.count(f'<div class="wide">{tag}') > 0
+    style = text.split("<style>")[1].split("</style>")[0]
+    for rule in re.findall(r"^.*[^-]width: *[\d.]+(?:px|rem).*$", style, re.M):
+        assert rule.startswith((".wide > svg", ".wrap")) or "max-width" in rule, rule
+    assert set(re.findall(r'href="#([^"]+)"', text)) - set(re.findall(r'id="([^"]+)"', text)) == set()
+    legend = section(text, "Selected attention against the group").split('id="legend_1"')[1].split("<defs>")[0]
+    names = re.findall(r"<text[^>]*>([^<]+)</text>", legend)
+    lines = re.findall(r'style="fill: none;[^"]*?stroke: (#\w+)', legend)
+    assert len(set(lines)) == len(names) > 3
 
 
 def test_speedups_and_claims(tmp_path):

@@ -229,7 +229,7 @@ PAGE = """<!-- Written by `nsattn bench paper` from benchmarks/results/h200: cha
 What the Flash Sparse Attention paper ([arXiv 2508.18224](https://arxiv.org/abs/2508.18224)) claims over vanilla NSA,
 what its code does here, and what nsattn does. Vanilla NSA is `nsa_ref` of their repository, or `qmajor`, our kernels in
 that order. Ratios above 1 mean faster; each is of two times of one shape. Results that failed their check count for
-nobody. [How to measure again](../benchmarks/README.md).
+nobody. [How it was measured](../benchmarks/README.md).
 
 {claims}
 

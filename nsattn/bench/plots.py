@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +31,8 @@ STYLES = {  # who -> label, colour, marker
     "torch": ("dense, cuDNN", "#555555", "x"),
 }
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55")  # of `OPERATIONS`
+
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # numbers of a logarithmic axis
 
 PHASES = dict(zip(model.PHASES, (("#d1362a", "o"), ("#b07d12", "^"), ("#1f5fa8", "s")), strict=True))
 
@@ -102,8 +104,7 @@ def speedup_figure(rows: Sequence[model.ModelRow]) -> Figure | None:
                     axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=phase)
             axis.axhline(1, color="#555555", lw=1, ls=":")
             axis.set(xscale="log", ylim=(0, 1.1 * max(1, *(times[side] for *_, times in found))))
-            axis.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
-            axis.xaxis.set_minor_locator(NullLocator())
+            ticks(axis, steps)
             axis.grid(True, which="major", color="#dddddd", lw=0.8)
             axis.spines[["top", "right"]].set_visible(False)
         column[0].set_title(name, fontsize=11)
@@ -136,10 +137,8 @@ def _picture(
             aims = [(x, target_ms(case, direction)) for x, case in targets]
             axis.plot(*zip(*aims, strict=True), color=STYLES["nsattn"][1], lw=1, ls=":", label="target", zorder=1)
         axis.set(title=direction, xlabel=xlabel, xscale="log", yscale="log")
-        steps = sorted({x_of(r) for r in rows})
-        axis.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ticks(axis, {x_of(r) for r in rows})
+        axis.yaxis.set_major_formatter(PLAIN)
         axis.grid(True, which="major", color="#dddddd", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("milliseconds")
@@ -179,11 +178,11 @@ def _line(
 def stack(axes: Axes, rows: Sequence[Row], direction: str) -> None:
     """Time of each operation at `HEADS`, one above the other: ours, beside it who else was timed, and dense attention.
 
-    Hatched is what failed its check.
+    Hatched is what failed its check. The names of the projects stand below their bars, the legend is the figure's.
     """
     seen: set[str] = set()
-    ticks, labels, width = [], [], 0.26
-    for i, T in enumerate(lengths(rows)):
+    steps, width = lengths(rows), 0.26
+    for i, T in enumerate(steps):
         here = [(project, parts(rows, T, project, direction)) for project in PROJECTS]
         here = [(project, times) for project, times in here if project == OURS or "attend_selected" in times]
         for j, (project, times) in enumerate(here):
@@ -196,18 +195,33 @@ def stack(axes: Axes, rows: Sequence[Row], direction: str) -> None:
                     axes.bar(x, ms / T * 1e6, width, bottom=base, color=colour, label=label, hatch=None if ok else "//",
                              edgecolor="white", lw=0)  # fmt: skip
                     base += ms / T * 1e6
-            if len(here) > 1:
-                axes.text(x, base, project, ha="center", va="bottom", fontsize=6, rotation=90)
+            axes.text(x, -0.015, project, transform=axes.get_xaxis_transform(), fontsize=6, rotation=90, ha="center",
+                      va="top")  # fmt: skip
         dense = [r.ms for r in rows if (r.T, (r.Hq, r.Hkv), r.op, r.direction) == (T, HEADS, "dense causal", direction)]
         if dense:
             height = dense[0] / T * 1e6
             axes.plot([i - 0.45, i + 0.45], [height] * 2, color="#222222", label=None if "dense" in seen else "dense")
             seen.add("dense")
-        ticks.append(i)
-        labels.append(f"{T // 1024}K")
-    axes.set_xticks(ticks, labels)
+    axes.set_xticks(range(len(steps)), [f"{T // 1024}K" for T in steps])
+    axes.tick_params(axis="x", which="major", length=0, pad=34)
     axes.set(xlabel="tokens", ylabel="ns per token", title=f"{direction}, {HEADS[0]}/{HEADS[1]} heads")
-    axes.legend(fontsize=7)
+
+
+def ticks(axes: Axes, steps: Iterable[int]) -> None:
+    """Ticks of a logarithmic axis at these numbers, 65536 as 64K, and at no others."""
+    steps = sorted(set(steps))
+    axes.set_xticks(steps, [f"{step >> 10}K" if step >= 1024 else str(step) for step in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend for all axes of a figure, below them: it hides no data."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    ncols = len(handles) if len(handles) < 8 else -(-len(handles) // 2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
 
 
 def draw_parts(path: Path, rows: Sequence[Row], numbers: str) -> None:
@@ -216,6 +230,7 @@ def draw_parts(path: Path, rows: Sequence[Row], numbers: str) -> None:
     for axes, direction in zip(both, DIRECTIONS, strict=True):
         stack(axes, rows, direction)
         axes.spines[["top", "right"]].set_visible(False)
+    legend_below(figure)
     _save(figure, path, numbers)
 
 
@@ -239,14 +254,12 @@ def draw_figure(path: Path, times: Times, direction: str, numbers: str) -> None:
                         face = colour if right or marker == "x" else "white"
                         axes.plot(*zip(*points, strict=True) if points else ((), ()), ls="none", marker=marker, ms=5,
                                   mec=colour, mfc=face)  # fmt: skip
-            steps = sorted({case.length for case in PAPER})
             axes.set(xscale="log", yscale="log", title=f"G = {g}, (B, N) = ({B}, {N})")
             axes.title.set_fontsize(8)
-            axes.set_xticks(steps, [f"{step >> 10}K" for step in steps])
-            axes.xaxis.set_minor_locator(NullLocator())
+            ticks(axes, {case.length for case in PAPER})
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                side(FuncFormatter(lambda value, _: f"{value:g}"))
+                side(PLAIN)
             axes.tick_params(labelsize=8, which="both")
             axes.grid(True, which="major", color="#dddddd", lw=0.8)
         line[0].set_ylabel(f"{direction}, milliseconds")

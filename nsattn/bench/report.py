@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from nsattn.bench import paper
 from nsattn.bench.model import ModelRow, overheads
 from nsattn.bench.model import read as read_models
 from nsattn.bench.paper import DIRECTIONS, HEADS, lengths
-from nsattn.bench.plots import speedup_figure, stack
+from nsattn.bench.plots import PLAIN, legend_below, speedup_figure, stack, ticks
 from nsattn.bench.timing import Row, read_rows
 
-COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3")
+COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3", "#444444")
 FILES = ("attention", "selected", "decode", "models")
 
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
@@ -46,7 +47,7 @@ def write(results: Path, out: Path) -> Path:
     models = read_models(found["models"]) if "models" in found else []
     attention, selected = rows.get("attention", []), rows.get("selected", [])
     sections = [
-        ("Where it was measured", _environments(found)),
+        ("Where it was measured", _environments(found, {**rows, "models": models})),
         ("Time against the length", _against_length(attention)),
         ("Where the time goes", _stack(attention)),
         ("Selected attention against the group", _against_group(selected or attention)),
@@ -56,20 +57,22 @@ def write(results: Path, out: Path) -> Path:
         ("A decoding step", _decoding(rows.get("decode", []))),
         ("Models", _models(models)),
         ("What a module adds to its kernels", _overheads(models)),
-        ("What the Flash Sparse Attention paper claims", _table(paper.claims(paper.read(results)))),
+        ("What the Flash Sparse Attention paper claims", _table(paper.claims(paper.read(results)), wrap=True)),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_page(sections), encoding="utf-8")
     return out
 
 
-def _environments(found: dict[str, Path]) -> str:
-    names = ("gpu", "torch", "triton", "cuda", "python", "commit")
+def _environments(found: dict[str, Path], rows: Mapping[str, Sequence[Row | ModelRow]]) -> str:
+    """The machine of each file, and the commits of its rows."""
+    names = ("gpu", "torch", "triton", "cuda", "python")
     lines = []
     for name, path in found.items():
         seen = json.loads(path.read_text()).get("environment", {})
-        lines.append([f"{name}.json", *(str(seen.get(key, "")) for key in names)])
-    return _table((("file", *names), lines))
+        commits = ", ".join(sorted({row.commit for row in rows[name]}))
+        lines.append([f"{name}.json", *(str(seen.get(key, "")) for key in names), commits])
+    return _table((("file", *names, "commits of its rows"), lines))
 
 
 def _against_length(rows: list[Row]) -> str:
@@ -78,19 +81,25 @@ def _against_length(rows: list[Row]) -> str:
     if not heads:
         return _missing("attention")
 
+    kinds = (
+        ("nsa_attention", False, "o-", "NSA"),
+        ("nsa_attention", True, ".--", "NSA, as a CUDA graph"),
+        ("dense causal", False, "s:", "dense, cuDNN"),
+    )
+
     def draw(axes: Any, direction: str) -> None:
         for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):
-            for op, graph, style, label in (
-                ("nsa_attention", False, "o-", "NSA"),
-                ("nsa_attention", True, ".--", "NSA, CUDA graph"),
-                ("dense causal", False, "s:", "dense"),
-            ):
+            for op, graph, style, _ in kinds:
                 mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl.endswith(" graph"), r.direction)
                                == (Hq, Hkv, op, graph, direction)), key=lambda r: r.T)
-                if mine:
-                    _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour, f"{Hq}/{Hkv} {label}")
+                _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=direction)
-        axes.legend(fontsize=7, ncols=2)
+        ticks(axes, {r.T for r in rows if r.op == "nsa_attention"})
+        axes.yaxis.set_major_formatter(PLAIN)
+        for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):  # entries of the legend, not data
+            axes.plot([], [], color=colour, lw=5, label=f"{Hq}/{Hkv} heads")
+        for *_, style, label in kinds:
+            axes.plot([], [], style, color="#222222", markersize=4, label=label)
 
     return _figure(draw)
 
@@ -110,14 +119,18 @@ def _against_group(rows: list[Row]) -> str:
             style = "o-" if name == "nsattn" else "s:"
             _line(axes, [(r.Hq // r.Hkv, r.ms, r.ok) for r in mine], style, colour, f"{name} {impl}")
         axes.set(xscale="log", yscale="log", xlabel="query heads per KV head", ylabel="ms", title=direction)
-        axes.legend(fontsize=7)
+        ticks(axes, {r.Hq // r.Hkv for r in here})
+        axes.yaxis.set_major_formatter(PLAIN)
 
-    return _figure(draw)
+    return _note("65536 tokens, four KV heads of 128, 16 blocks of 64 per token.") + _figure(draw)
 
 
 def _stack(rows: list[Row]) -> str:
     """Time of each operation, one above the other, and dense attention beside it."""
-    return _figure(lambda axes, direction: stack(axes, rows, direction)) if lengths(rows) else _missing("attention")
+    if not lengths(rows):
+        return _missing("attention")
+    note = "The operations one by one: their sum is not the time of the whole. Hatched: the result failed its check."
+    return _note(note) + _figure(lambda axes, direction: stack(axes, rows, direction))
 
 
 def _speedups(rows: list[Row]) -> str:
@@ -134,18 +147,28 @@ def _speedups(rows: list[Row]) -> str:
         for (who, direction), x in sorted(best.items())
     ]
     head = ("beside", "direction", "shapes", "least", "mean", "most")
-    return _table((head, lines)) if lines else _missing("selected")
+    note = "How many times as fast `auto` is, over the shapes at which both were timed and gave right results."
+    return _note(note) + _table((head, lines)) if lines else _missing("selected")
 
 
 def _roofline(rows: list[Row]) -> str:
     T, table = paper.roofline(rows)
-    return f"<p>{HEADS[0]}/{HEADS[1]} heads, {T} tokens.</p>" + _table(table) if table[1] else _missing("attention")
+    note = f"{HEADS[0]}/{HEADS[1]} heads, {T} tokens. Outside of `attend_selected`, `triton` is what `auto` takes."
+    return _note(note) + _table(table) if table[1] else _missing("attention")
 
 
 def _memory(rows: list[Row]) -> str:
-    mine = [r for r in rows if (r.Hq, r.Hkv) == HEADS and r.op in ("nsa_attention", "attend_selected", "dense causal")]
-    lines = [[f"{r.who} {r.op} {r.impl}", str(r.T), r.direction, f"{r.peak_gib:.2f}"] for r in mine]
-    return _table((("", "tokens", "direction", "GiB"), lines)) if lines else _missing("attention")
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for r in rows:
+        if (r.Hq, r.Hkv) == HEADS and r.op in ("nsa_attention", "attend_selected", "dense causal"):
+            found.setdefault((r.T, f"{r.who} {r.op} {r.impl}"), {})[r.direction] = r.peak_gib
+    lines = [
+        [str(T), what, *(f"{peaks[way]:.2f}" if way in peaks else "" for way in DIRECTIONS)]
+        for (T, what), peaks in sorted(found.items(), key=lambda item: item[0][0])
+    ]
+    head = ("tokens", "what", *(f"{way}, GiB" for way in DIRECTIONS))
+    note = f"{HEADS[0]}/{HEADS[1]} heads. In the backward, what the forward kept for it counts."
+    return _note(note) + _table((head, lines)) if lines else _missing("attention")
 
 
 def _decoding(rows: list[Row]) -> str:
@@ -184,11 +207,20 @@ def _missing(name: str) -> str:
     return f"<p>Not measured: there is no {name}.json with such rows.</p>"
 
 
-def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour: str, label: str) -> None:
+def _note(text: str) -> str:
+    return f"<p>{_inline(text)}</p>\n"
+
+
+def _inline(text: str) -> str:
+    """Text with `code` in backticks."""
+    return re.sub(r"`(.*?)`", r"<code>\1</code>", html.escape(text))
+
+
+def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour: str, label: str = "") -> None:
     """A line; results that failed their check are hollow points."""
     if points:
         x, y, ok = zip(*points, strict=True)
-        axes.plot(x, y, style, color=colour, label=label, markersize=4)
+        axes.plot(x, y, style, color=colour, label=label or None, markersize=4)
         for wrong in (i for i, good in enumerate(ok) if not good):
             axes.plot(x[wrong], y[wrong], style[0], color="white", markeredgecolor=colour, markersize=6)
 
@@ -196,10 +228,11 @@ def _line(axes: Any, points: list[tuple[float, float, bool]], style: str, colour
 def _figure(draw: Callable[[Any, str], None]) -> str:
     """Forward and backward side by side, as SVG."""
     with plt.rc_context({"font.size": 9}):
-        figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure, both = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
         for axes, direction in zip(both, DIRECTIONS, strict=True):
             draw(axes, direction)
             axes.grid(alpha=0.25)
+        legend_below(figure)
         return _svg(figure)
 
 
@@ -213,29 +246,44 @@ def _svg(figure: Figure) -> str:
     return f'<div class="wide">{svg[svg.index("<svg"):]}</div>'
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, wrap: bool = False) -> str:
+    """A table in a box that scrolls. Cells are one line each, with `wrap` several."""
     head, lines = table
-    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
-    rows += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines]
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+    rows = [f"<tr>{''.join(f'<th>{_inline(cell)}</th>' for cell in head)}</tr>"]
+    rows += [f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in line)}</tr>" for line in lines]
+    start = '<table class="wrap">' if wrap else "<table>"
+    return f'<div class="wide">{start}{"".join(rows)}</table></div>'
 
 
 def _page(sections: list[tuple[str, str]]) -> str:
-    body = "\n".join(f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections)
+    names = {title: title.lower().replace(" ", "-") for title, _ in sections}
+    links = "\n".join(f'<a href="#{name}">{html.escape(title)}</a>' for title, name in names.items())
+    body = "\n".join(
+        f'<section id="{names[title]}">\n<h2>{html.escape(title)}</h2>\n{content}\n</section>'
+        for title, content in sections
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>nsattn: what was measured</title>
 <style>
+:root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem; padding: 0 1rem; }}
+h1, h2 {{ line-height: 1.2; }}
+nav {{ display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }}
 .wide {{ overflow-x: auto; }}
-.wide > svg {{ background: white; min-width: 44rem; width: 100%; height: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; }}
-th, td {{ border: 1px solid #8886; padding: .2rem .6rem; text-align: left; }}
+.wide > svg {{ background: white; min-width: 54rem; width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ border: 1px solid #8886; padding: .2rem .6rem; text-align: left; white-space: nowrap; }}
+.wrap {{ min-width: 60rem; }}
+.wrap th, .wrap td {{ white-space: normal; }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #16181d; color: #e4e4e4; }} }}
 </style></head><body>
 <h1>nsattn: what was measured</h1>
 <p>Medians of device times on a cold L2 cache. Compare inside one file: machines differ. The floor counts useful FLOPs
 and unique bytes at the rates measured on the chip.</p>
+<nav>
+{links}
+</nav>
 {body}
 </body></html>
 """
