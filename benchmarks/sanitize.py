@@ -51,8 +51,8 @@ CASES = (
     *(Case("attend_selected", impl, g) for impl, g in itertools.product(("kvmajor", "qmajor"), (1, 5))),
     *(Case(operation, impl, g) for operation in ("attend_compressed", "attend_window")
       for impl, g in itertools.product(("triton_sm90", "triton"), (4, 5))),
-    Case("select_blocks", "triton"), Case("compress", "triton"), Case("combine", "triton"),
-    Case("nsa_decode", "triton"),
+    *(Case("select_blocks", impl) for impl in ("triton_sm90", "triton")),
+    *(Case(operation, "triton") for operation in ("compress", "combine", "nsa_decode")),
 )  # fmt: skip
 
 

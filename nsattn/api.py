@@ -109,14 +109,30 @@ def nsa_attention(
     checks.check_tensor("gates", gates, (q.dim(),), "[..., Hq, 3] with the leading sizes of q")
     checks.check_shape("gates", gates, (*q.shape[:-1], 3), "[..., Hq, 3]")
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
+    if k_cmp is not None and v_cmp is not None:
+        checks.check_pair(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
+    if k_win is not None and v_win is not None:
+        checks.check_pair(q, k_win, v_win, ("k_win", "v_win"))
+        checks.check_rows("k_win", _packed(k_win), plan.total_k, "keys")
     options = {"softmax_scale": softmax_scale, "plan": plan, "impl": impl}
 
     if k_cmp is None or v_cmp is None:
         k_cmp = compress(k, plan=plan, impl=impl)
         v_cmp = compress(v, plan=plan, impl=impl)
-    o_cmp, lse_cmp = attend_compressed(q, k_cmp, v_cmp, return_lse=True, workspace=workspace, **options)
+    impls = None if return_lse else gated_impls(q, k, v, k_cmp, v_cmp, k_win, v_win, plan, impl)
+    detached = (x if impls is None else x.detach() for x in (q, k_cmp, v_cmp))
+    o_cmp, lse_cmp = attend_compressed(*detached, return_lse=True, workspace=workspace, **options)
     if block_idx is None:
         block_idx = select_blocks(q, k_cmp, lse_cmp, workspace=workspace, **options)
+    if impls is not None:
+        checks.check_block_idx(block_idx, q, k.shape[-2])
+        k_win, v_win = (None if x is None else _packed(x) for x in (k_win, v_win))
+        o = branches.attend_gated(
+            _packed(q), _packed(k), _packed(v), _packed(k_cmp), _packed(v_cmp), k_win, v_win, _packed(o_cmp),
+            _packed(lse_cmp, 2), _packed(gates), _packed(block_idx), plan, scale=scale_of(q, softmax_scale),
+            workspace=workspace, impls=impls,
+        )  # fmt: skip
+        return o if q.dim() == 3 else o.unflatten(0, tuple(q.shape[:2]))
     o_slc, lse_slc = attend_selected(q, k, v, block_idx, return_lse=True, workspace=workspace, **options)
     window = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     o_win, lse_win = attend_window(q, *window, return_lse=True, workspace=workspace, **options)
@@ -473,6 +489,26 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
         num_selected=plan.config.num_selected,
         backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),
     )
+
+
+def gated_impls(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None,
+    plan: Plan, impl: str,
+) -> branches.Impls | None:
+    """The kernels of the operations that `branches.attend_gated` joins; None if one of them is the reference."""
+    window = (k, v) if k_win is None or v_win is None else (k_win, v_win)
+    shapes = {
+        "attend_compressed": _shape(q, k_cmp, v_cmp, plan),
+        "attend_selected": _shape(q, k, v, plan),
+        "attend_window": _shape(q, *window, plan),
+        "combine": dispatch.Shape(q.device.type, q.dtype),
+    }
+    names = []
+    for operation, shape in shapes.items():
+        names.append(dispatch.resolve(operation, impl, shape))
+        if names[-1] == "reference":
+            return None
+    return branches.Impls(*names)
 
 
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,38 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl:
     if impl == "reference":
         return reference.combine(o_cmp, o_slc, o_win, gates)
     return _combine(o_cmp.contiguous(), o_slc.contiguous(), o_win.contiguous(), gates.contiguous(), impl)
+
+
+class Impls(NamedTuple):
+    """Names of the kernels of `attend_gated`."""
+
+    attend_compressed: str  # of its backward
+    attend_selected: str
+    attend_window: str
+    combine: str
+
+
+def attend_gated(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None,
+    o_cmp: Tensor, lse_cmp: Tensor, gates: Tensor, block_idx: Tensor, plan: Plan, *, scale: float, workspace: int,
+    impls: Impls,
+) -> Tensor:
+    """The selected branch, the window, and the gated sum of all three, Eq 5; with the gradients of all three.
+
+    It gives what `attend_selected`, `attend_window` and `combine` give, by the same kernels. As one operation its
+    backward reads no output twice, adds the branches' gradients up where they arise, and is one step of autograd.
+
+    Args:
+        k_win, v_win: None where the window shares k and v.
+        o_cmp, lse_cmp: of `attend_compressed`, without gradient: k_cmp and v_cmp get theirs here.
+        impls: kernels, not the reference.
+    """
+    k_win, v_win = (None if x is None else _rows(x) for x in (k_win, v_win))
+    o, *_ = _attend_gated(
+        _rows(q), _rows(k), _rows(v), _rows(k_cmp), _rows(v_cmp), k_win, v_win, o_cmp.detach(), lse_cmp.detach(),
+        gates.contiguous(), block_idx.contiguous(), *plan.pack(), scale, workspace, *impls,
+    )
+    return o
 
 
 def nsa_decode(
@@ -304,6 +336,91 @@ def _combine_backward(ctx, do):
 
 
 _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+# attend_gated
+
+
+@torch.library.custom_op("nsattn::attend_gated", mutates_args=())
+def _attend_gated(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None,
+    o_cmp: Tensor, lse_cmp: Tensor, gates: Tensor, block_idx: Tensor, tables: Tensor, sizes: Sequence[int],
+    scale: float, workspace: int, impl_cmp: str, impl_slc: str, impl_win: str, impl_combine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan, options = Plan.unpack(tables, sizes), {"scale": scale, "workspace": workspace}
+    window = (k, v) if k_win is None else (k_win, v_win)
+    with _on(q):
+        o_slc, lse_slc = dispatch.load("attend_selected", impl_slc).attend_selected(
+            q, k, v, block_idx, plan, **options
+        )
+        o_win, lse_win = dispatch.load("attend_window", impl_win).attend_window(q, *window, plan, **options)
+        o = dispatch.load("combine", impl_combine).combine(o_cmp, o_slc, o_win, gates)
+    return o, o_slc, lse_slc, o_win, lse_win
+
+
+@_attend_gated.register_fake
+def _(q, k, v, k_cmp, v_cmp, k_win, v_win, o_cmp, lse_cmp, *rest):
+    return tuple(_new(x, *x.shape) for x in (o_cmp, o_cmp, lse_cmp, o_cmp, lse_cmp))
+
+
+@torch.library.custom_op("nsattn::attend_gated_bwd", mutates_args=())
+def _attend_gated_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, o_cmp: Tensor, lse_cmp: Tensor, gates: Tensor, block_idx: Tensor, o_slc: Tensor,
+    lse_slc: Tensor, o_win: Tensor, lse_win: Tensor, tables: Tensor, sizes: Sequence[int], scale: float,
+    workspace: int, impl_cmp: str, impl_slc: str, impl_win: str, impl_combine: str,
+) -> list[Tensor]:
+    """dq, dk, dv, dk_cmp, dv_cmp, dgates and, where the window has its own pair, dk_win, dv_win."""
+    plan, options = Plan.unpack(tables, sizes), {"scale": scale, "workspace": workspace}
+    compressed, selected, window = (
+        getattr(dispatch.load(name, impl), f"{name}_bwd")
+        for name, impl in (
+            ("attend_compressed", impl_cmp), ("attend_selected", impl_slc), ("attend_window", impl_win)
+        )
+    )
+    with _on(q):
+        deltas = _new(lse_cmp, 3, *lse_cmp.shape)
+        *dos, dgates = dispatch.load("combine", impl_combine).combine_bwd(do, o_cmp, o_slc, o_win, gates, deltas)
+        do_win, do_slc, do_cmp = dos.pop(), dos.pop(), dos.pop()  # each goes when its branch is done
+        dq, dk_cmp, dv_cmp = compressed(
+            do_cmp, None, q, k_cmp, v_cmp, o_cmp, lse_cmp, plan, **options, delta=deltas[0]
+        )
+        del do_cmp
+        pair = (k, v) if k_win is None else (k_win, v_win)
+        dq, *dkv_win = window(do_win, None, q, *pair, o_win, lse_win, plan, **options, delta=deltas[2], dq=dq)
+        del do_win
+        dkv = tuple(dkv_win) if k_win is None else None
+        dq, dk, dv = selected(
+            do_slc, None, q, k, v, o_slc, lse_slc, block_idx, plan, **options, delta=deltas[1], dq=dq, dkv=dkv
+        )
+    return [dq, dk, dv, dk_cmp, dv_cmp, dgates, *([] if k_win is None else dkv_win)]
+
+
+@_attend_gated_bwd.register_fake
+def _(do, q, k, v, k_cmp, v_cmp, k_win, v_win, o_cmp, lse_cmp, gates, *rest):
+    own = () if k_win is None else (k_win, v_win)
+    return [_new(x, *x.shape) for x in (q, k, v, k_cmp, v_cmp, gates, *own)]
+
+
+def _attend_gated_setup(ctx, inputs, output):
+    *tensors, sizes, scale, workspace, impl_cmp, impl_slc, impl_win, impl_combine = inputs
+    *tensors, tables = tensors
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:], tables)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = (sizes, scale, workspace, impl_cmp, impl_slc, impl_win, impl_combine)
+
+
+def _attend_gated_backward(ctx, do, *_):
+    if do is None:
+        return (None,) * 19
+    grads = _attend_gated_bwd(do.contiguous(), *ctx.saved_tensors, *ctx.options)
+    dq, dk, dv, dk_cmp, dv_cmp, dgates, *own = grads
+    dk_win, dv_win = own or (None, None)
+    return dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win, None, None, dgates, *(None,) * 9
+
+
+_attend_gated.register_autograd(_attend_gated_backward, setup_context=_attend_gated_setup)
 
 
 # rotate

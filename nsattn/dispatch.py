@@ -99,6 +99,14 @@ TABLE: dict[str, dict[str, Cell]] = {
         "reference": _REFERENCE,
     },
     "select_blocks": {
+        "triton_sm90": Cell(
+            "select_blocks_triton_sm90",
+            "`triton` with a score kernel for Hopper GPUs",
+            head_dims=(128,),
+            max_group=5,  # the queries of more heads do not fit in half of the shared memory of a multiprocessor
+            max_blocks=MAX_BLOCKS,
+            generation=9,
+        ),
         "triton": Cell("select_blocks_triton", "scores recomputed in tiles, exact top-k", max_blocks=MAX_BLOCKS),
         "reference": _REFERENCE,
     },

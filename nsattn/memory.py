@@ -27,9 +27,11 @@ def estimate_memory(
 ) -> int:
     """Peak bytes that `attend_selected` allocates beyond its inputs and outputs, on a GPU.
 
-    At most `workspace` + 64 MiB. In the backward, four bytes more for each token and query head; and where one KV head
-    does not fit, float32 sums of its dk and dv, as far as they take more than half of the workspace (with heads of 128,
-    that is beyond 524,288 tokens). Nothing is allocated and no GPU is needed.
+    At most `workspace` + 64 MiB. In the backward, two things come on top for long batches: rowsum(o * do), 4 bytes for
+    each token and head, as far as it takes more than a quarter of the workspace (with 32 heads and the default, beyond
+    2,097,152 tokens), and where one KV head does not fit, what rounding took off the sums of its dk and dv, as far as
+    it takes more than half (with heads of 128 in 16 bit, beyond 1,048,576 tokens). Nothing is allocated and no GPU is
+    needed.
 
     Args:
         total: tokens of the batch, over all sequences.

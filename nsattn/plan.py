@@ -19,6 +19,7 @@ from nsattn.config import NSAConfig
 
 find_spec = functools.cache(_find_spec)
 TILE = 64  # rows of a tile table entry; kernels use this tile or one that divides it
+STARTS = 10  # tables of starts in a plan
 
 
 class Plan(NamedTuple):
@@ -82,6 +83,16 @@ class Plan(NamedTuple):
         return self._starts(7)
 
     @property
+    def cu_cmp_pairs(self) -> Tensor:
+        """First pair of tiles of compressed rows of each sequence."""
+        return self._starts(8)
+
+    @property
+    def cu_k_pairs(self) -> Tensor:
+        """First pair of tiles of key rows of each sequence."""
+        return self._starts(9)
+
+    @property
     def q_pairs(self) -> Tensor:
         """Tile table of the queries, for pairs of tiles."""
         return self._tiles(0, self.total_q // (2 * TILE))
@@ -127,7 +138,7 @@ class Plan(NamedTuple):
     def _tiles(self, i: int, full: int) -> Tensor:
         """Every sequence adds at most one tile to those that the total fills."""
         sizes = self.sizes()
-        start = 8 * sizes["width"] + 2 * i * sizes["size"]
+        start = STARTS * sizes["width"] + 2 * i * sizes["size"]
         return self.tables[start : start + 2 * (full + self.num_seqs)].view(-1, 2)
 
     @property
@@ -227,6 +238,7 @@ def make_tables(
     rows = lengths.new_full((4, 1), TILE)
     rows[0] = 2 * TILE
     cu_tiles = cumulative((lengths + rows - 1) // rows)
+    cu_pairs = cumulative((torch.stack([len_cmp, len_k]) + 2 * TILE - 1) // (2 * TILE))
     tile = torch.arange(size, device=cu_q.device, dtype=torch.int32).repeat(4, 1)
     seq = torch.searchsorted(cu_tiles, tile, right=True) - 1  # of all of it: inductor cannot search a slice
     tiles = torch.stack([torch.where(seq < n, seq, -1).int(), (tile - cu_tiles.gather(1, seq)) * rows], dim=2)
@@ -239,7 +251,7 @@ def make_tables(
     begin = cu_cmp[seq]
     units = torch.where(used, torch.stack([cu_k[seq] + unit * d, begin + unit, begin, cu_cmp[seq + 1]]), 0)
 
-    starts = torch.stack([cu_q, cu_k, cu_cmp, cu_blk, *cu_tiles.unbind()])
+    starts = torch.stack([cu_q, cu_k, cu_cmp, cu_blk, *cu_tiles.unbind(), *cu_pairs.unbind()])
     starts = torch.nn.functional.pad(starts, (0, width - (n + 1)))
     return torch.cat([starts.flatten(), tiles.flatten(), units.flatten()])
 

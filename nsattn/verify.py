@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nsattn import branches, dispatch
+from nsattn.api import gated_impls
 from nsattn.config import NSAConfig
 from nsattn.kernels import reference
 from nsattn.testing import (
@@ -51,6 +52,7 @@ class Case:
     slack: int = 3
     hostile: bool = False
     workspace: int = WORKSPACE
+    own_window: bool = False  # keys and values of the window are not those of the selected branch
     axis: str = "lengths"  # what the case is about: operations that do not depend on it skip the case
 
 
@@ -61,7 +63,13 @@ AXES = {  # lengths: packing and skew; G, D: heads; B: selection blocks; cmp: co
     "attend_selected": {"lengths", "G", "D", "B", "hostile", "workspace"},
     "attend_window": {"lengths", "G", "D", "w"},
     "combine": {"G", "D"},
+    "nsa_attention": {"hostile", "workspace", "own"},  # the rest is that of its branches
     "nsa_decode": {"lengths", "G", "D", "B", "cmp", "w", "workspace"},
+}
+OPERATIONS = {
+    **dispatch.TABLE,
+    # Each schedule with the best other kernels, and what runs on any GPU.
+    "nsa_attention": dispatch.TABLE["attend_selected"] | {"triton": dispatch.TABLE["attend_window"]["triton"]},
 }
 
 
@@ -69,7 +77,8 @@ def gpu_cases() -> list[Case]:
     """A covering set: one size at a time around heads of 128 in groups of 4."""
     base = Case("base")
     few = NSAConfig(num_selected=4)
-    cases = [base, Case("hostile", hostile=True, axis="hostile"), Case("chunked prefill", (100, 30), (640, 30)),
+    cases = [base, Case("hostile", hostile=True, axis="hostile"), Case("own window", own_window=True, axis="own"),
+             Case("chunked prefill", (100, 30), (640, 30)),
              Case("decode", (1, 1, 1), (1000, 63, 1)), Case("more queries than keys", (200, 64), (90, 64)),
              Case("small workspace", lengths=(4000,), workspace=1 << 20, num_kv_heads=1, axis="workspace"),
              Case("groups cut", lengths=(4000,), workspace=48 << 20, num_kv_heads=1, group=5, axis="workspace"),
@@ -98,6 +107,7 @@ def interpreter_cases() -> list[Case]:
     return [
         base,
         replace(base, name="nothing", lengths=(0, 0), slack=0),
+        replace(base, name="own window", own_window=True, axis="own"),
         replace(base, name="shorter than a compressed block", lengths=(5, 3)),
         replace(base, name="one token each", lengths=(1,) * 20),
         replace(base, name="block - 1, block, block + 1", lengths=(15, 16, 17)),
@@ -130,7 +140,7 @@ def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str
     x = make_inputs(
         case.lengths, lengths_k=case.lengths_k, num_kv_heads=case.num_kv_heads, group=case.group,
         head_dim=case.head_dim, v_head_dim=case.v_head_dim, config=case.config, dtype=dtype, device=device,
-        slack=case.slack, own_kv=False,
+        slack=case.slack, own_kv=case.own_window,
     )
     if operation == "compress":
         return [r for method in ("mean", "linear", "mlp", "gated") for r in _check_compress(x, method, impl, case)]
@@ -153,6 +163,10 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
             leaves["gates"] = x.gates.clone().requires_grad_()
             o_cmp, o_slc, o_win, gates = leaves.values()
             outputs = {"o": branches.combine(o_cmp, o_slc, o_win, gates, impl=impl)}
+        elif operation == "nsa_attention":
+            names = ["q", "k", "v", "gates", "k_cmp", "v_cmp", *(["k_win", "v_win"] if case.own_window else [])]
+            leaves = {name: getattr(x, name).clone().requires_grad_() for name in names}
+            outputs = {"o": _attend_all(x._replace(**leaves), selection, case, impl)}
         else:
             keys = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k, x.v)
             leaves = {n: t.clone().requires_grad_() for n, t in zip("qkv", (x.q, *keys), strict=True)}
@@ -163,6 +177,25 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
         return _with_gradients(outputs, leaves, dtype)
 
     return run
+
+
+def _attend_all(x: Inputs, block_idx: Tensor, case: Case, impl: str) -> Tensor:
+    """Eq 5 for a given selection: by the plain operations of the reference, or by `branches.attend_gated`."""
+    options = {"scale": x.scale, "workspace": case.workspace}
+    window = (x.k_win, x.v_win) if case.own_window else (None, None)
+    if impl == "reference":
+        o_cmp, _ = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, impl=impl, **options)
+        o_slc, _ = branches.attend_selected(x.q, x.k, x.v, block_idx, x.plan, impl=impl, **options)
+        k, v = (x.k_win, x.v_win) if case.own_window else (x.k, x.v)
+        o_win, _ = branches.attend_window(x.q, k, v, x.plan, impl=impl, **options)
+        return branches.combine(o_cmp, o_slc, o_win, x.gates, impl=impl)
+    impls = gated_impls(x.q, x.k, x.v, x.k_cmp, x.v_cmp, *window, x.plan, impl)
+    assert impls is not None, "kernels were asked for by name"
+    with torch.no_grad():
+        o_cmp, lse_cmp = branches.attend_compressed(x.q, x.k_cmp, x.v_cmp, x.plan, impl=impls[0], **options)
+    return branches.attend_gated(
+        x.q, x.k, x.v, x.k_cmp, x.v_cmp, *window, o_cmp, lse_cmp, x.gates, block_idx, x.plan, impls=impls, **options
+    )
 
 
 def _check_compress(x: Inputs, method: str, impl: str, case: Case) -> list[Result]:
@@ -269,7 +302,7 @@ def cells(device: str, *, quick: bool = False, every_dtype: bool = False) -> Ite
     """
     cases = gpu_cases() if device == "cuda" else interpreter_cases()
     dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float16)
-    for operation, impls in dispatch.TABLE.items():
+    for operation, impls in OPERATIONS.items():
         for impl, cell in impls.items():
             if not cell.is_kernel:
                 continue

@@ -36,6 +36,7 @@ import nsattn.kernels
 from nsattn import NSAConfig, dispatch
 from nsattn.kernels import _plan, rotate_triton
 from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
+from tests.products import disassemble, hazards
 
 WORKSPACE = 1 << 30
 KIB = 1024
@@ -130,6 +131,7 @@ class Result:
     registers: int = 0
     spilled: int = 0  # bytes of local memory per thread on NVIDIA, spilled vector registers on AMD
     shared: int = 0  # bytes
+    hazards: tuple[str, ...] = ()  # see `tests.products`; of Gluon kernels for Hopper
 
 
 def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
@@ -170,7 +172,7 @@ def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
 def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[[], Any]]:
     """Every kernel-level function of the dispatch table on inputs of a cell, forward and backward."""
     config = NSAConfig(slc_block=cell.slc_block, num_selected=cell.num_selected)
-    x = make_inputs([200, 0, 121], num_kv_heads=2, group=cell.group, head_dim=cell.head_dim,
+    x = make_inputs([2600, 0, 121], num_kv_heads=2, group=cell.group, head_dim=cell.head_dim,
                     v_head_dim=cell.v_head_dim, config=config, dtype=cell.dtype)
     for operation, implementations in dispatch.TABLE.items():
         for impl, entry in implementations.items():
@@ -196,6 +198,8 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
     scale = {"scale": x.scale}
     scratch = {**scale, "workspace": WORKSPACE}
     dlse = lse if cell.group == 1 else None  # with and without a gradient that arrives at lse
+    total = {"delta": lse, "dq": torch.zeros(*rows, cell.head_dim, dtype=cell.dtype)}  # as in `attend_gated`
+    tight = {**scale, "workspace": 1 << 20}  # chunks of one KV head
     if operation == "compress":
         for method in ("mean", "linear", "mlp", "gated"):
             params = make_compression(method, 2, cell.head_dim, cell.head_dim, plan.config, hidden=cell.head_dim,
@@ -209,7 +213,11 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
         yield lambda: function(x.q, x.k_cmp, lse, finer, **scratch)
     elif operation == "attend_selected":
         yield lambda: function(x.q, x.k, x.v, block_idx, plan, **scratch)
+        dkv = torch.zeros_like(x.k), torch.zeros_like(x.v)
         yield lambda: backward(o, dlse, x.q, x.k, x.v, o, lse, block_idx, plan, **scratch)
+        yield lambda: backward(o, None, x.q, x.k, x.v, o, lse, block_idx, plan, **scratch, **total, dkv=dkv)
+        if cell.everywhere:
+            yield lambda: backward(o, None, x.q, x.k, x.v, o, lse, block_idx, plan, **tight)
     elif operation == "nsa_decode":
         sizes = {"room": 1000, "num_kv_heads": 2, "group": cell.group, "head_dim": cell.head_dim}
         for num_new, paged in ((1, False), (3, True)):
@@ -219,10 +227,14 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
     elif operation == "combine":
         yield lambda: function(o, o, o, x.gates)
         yield lambda: backward(o, o, o, o, x.gates)
+        yield lambda: backward(o, o, o, o, x.gates, torch.zeros(3, *rows))
     else:
         k, v = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k_win, x.v_win)
         yield lambda: function(x.q, k, v, plan, **scratch)
         yield lambda: backward(o, dlse, x.q, k, v, o, lse, plan, **scratch)
+        yield lambda: backward(o, None, x.q, k, v, o, lse, plan, **scratch, **total)
+        if cell.everywhere:
+            yield lambda: backward(o, None, x.q, k, v, o, lse, plan, **tight)
 
 
 def kernel_modules() -> list[Any]:
@@ -255,6 +267,8 @@ def build(launch: Launch, target: Target) -> Result:
     if target.gpu.backend == "cuda":
         usage = _cuda_resources(compiled.asm["cubin"])
         result.registers, result.spilled = usage["REG"], max(usage["STACK"], usage["LOCAL"])
+        if launch.kernel.is_gluon():  # plain Triton keeps operands alive by itself
+            result.hazards = tuple(hazards(disassemble(compiled.asm["cubin"])))
     else:
         text = compiled.asm["amdgcn"]
         result.registers = _amd_count(text, "vgpr_count")

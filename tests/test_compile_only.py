@@ -30,9 +30,19 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         "T=65536, four KV heads, on an H200 (docs/log.md, 2026-11-23)",
     ),
     ("sm_90", "_scores_kernel"): (
-        248,
-        "a few words an iteration around the loads of keys; of seven shapes timed on an H200 this is the fastest "
-        "(docs/log.md, 2026-11-23)",
+        80,
+        "blocks of 16 keys; a few words an iteration around the loads of keys. Of seven shapes timed on an H200 this"
+        " is the fastest (docs/log.md, 2026-11-23)",
+    ),
+    ("sm_90", "_scores_sm90_kernel"): (
+        128,
+        "before and after the loop, a word in it: two products under way and their sum take 192 registers. 2.24 ms "
+        "where `_scores_kernel` takes 3.18 at T=65536, 32/8 heads, on an H100 (docs/log.md, 2026-11-27)",
+    ),
+    ("sm_90", "_dense_dkv_sm90_kernel"): (
+        88,
+        "groups of one in a window, three words in the loop of one warpgroup; else outside the loops. Faster than what "
+        "was before, without spills, at all shapes timed (docs/log.md, 2026-11-27)",
     ),
     ("sm_80", "_scores_kernel"): (160, _UNTUNED),
     ("sm_80", "_offset_scores_kernel"): (112, _UNTUNED),
@@ -40,7 +50,8 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("sm_100", "_scores_kernel"): (48, _UNTUNED),
     ("sm_80", "_dense_dkv_kernel"): (24, _UNTUNED),
     ("sm_80", "_dense_dq_kernel"): (64, _UNTUNED),
-    ("sm_80", "_gradient_kernel"): (4288, f"heads of 256 most; {_UNTUNED}"),
+    ("sm_80", "_sum_dq_kernel"): (8, f"only when it adds to another branch's dQ; {_UNTUNED}"),
+    ("sm_80", "_gradient_kernel"): (4336, f"heads of 256 most; {_UNTUNED}"),
     ("sm_100", "_dense_dq_kernel"): (8, _UNTUNED),
     ("gfx942", "_gradient_kernel"): (141, _UNTUNED),
     ("gfx942", "_partial_kernel"): (248, _UNTUNED),
@@ -70,6 +81,8 @@ def test_compiles_without_spills(target, tmp_path):
         key = (target, r["kernel"])
         if r["error"]:
             problems.append(f"{where}: {r['error']}")
+        elif r["hazards"]:
+            problems.append(f"{where}: {len(r['hazards'])} writes to registers in use, such as {r['hazards'][0]}")
         elif r["shared"] > SHARED_MEMORY[target]:
             problems.append(f"{where}: {r['shared']} bytes of shared memory, {SHARED_MEMORY[target]} exist")
         elif r["spilled"] and key in ALLOWED:

@@ -118,22 +118,24 @@ def test_strided_inputs(impl):
         assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
-def test_padding_does_not_leak():
+@pytest.mark.parametrize("generation", ["", *(["_sm90"] if ("attend_window", "triton_sm90") in ATTENTION else [])])
+def test_padding_does_not_leak(generation):
     """NaN in rows that belong to no sequence reaches neither outputs nor gradients, and those rows get zeros."""
     config = NSAConfig() if GPU else NSAConfig(8, 4, 16, 3, 7)
-    dtype, dim = (torch.bfloat16, 64) if GPU else (torch.float32, 16)
+    dtype, dim = (torch.bfloat16, 128 if generation else 64) if GPU else (torch.float32, 16)
+    options = {"workspace": 1 << 30, "impl": f"triton{generation}"}
     x = make_inputs((37, 21), num_kv_heads=1, group=2, head_dim=dim, config=config, dtype=dtype, device=DEVICE, slack=9)
     real, real_cmp = 58, int(x.plan.cu_cmp[-1])
     q, k, v, k_cmp, v_cmp = (t.clone() for t in (x.q, x.k, x.v, x.k_cmp, x.v_cmp))
     for t, end in ((q, real), (k, real), (v, real), (k_cmp, real_cmp), (v_cmp, real_cmp)):
         t[end:] = float("nan")
         t.requires_grad_()
-    o_cmp, lse = branches.attend_compressed(q, k_cmp, v_cmp, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
-    idx = branches.select_blocks(q, k_cmp, lse, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")
+    o_cmp, lse = branches.attend_compressed(q, k_cmp, v_cmp, x.plan, scale=x.scale, **options)
+    idx = branches.select_blocks(q, k_cmp, lse, x.plan, scale=x.scale, **options)
     assert (idx[real:] == -1).all()
-    outputs = [o_cmp, branches.attend_window(q, k, v, x.plan, scale=x.scale, workspace=1 << 30, impl="triton")[0]]
+    outputs = [o_cmp, branches.attend_window(q, k, v, x.plan, scale=x.scale, **options)[0]]
     outputs += [branches.attend_selected(q, k, v, idx, x.plan, scale=x.scale, workspace=1 << 30, impl=i)[0]
-                for i in ("kvmajor", "qmajor")]
+                for i in (f"kvmajor{generation}", "qmajor")]
     outputs += [branches.compress(k, (), x.plan, method="mean", impl="triton")]
     for y in outputs:
         end = real_cmp if y is outputs[-1] else real
@@ -303,7 +305,7 @@ def test_scratch_of_the_selected_branch_stays_within_the_workspace():
         with PeakBytes() as memory:
             run()
         scratch = memory.peak - sum(t.numel() * t.element_size() for t in outputs)
-        # Float32 sums of dK and dV of one head, and the tables of the lists, come on top.
+        # The rest of the sums of dK and dV of one head, and the tables of the lists, come on top.
         assert workspace // 4 < scratch <= workspace + (256 << 10), scratch
 
 

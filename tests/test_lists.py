@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsattn import NSAConfig
-from nsattn.kernels._lists import SLACK, Chunk, chunks, invert, lists_bytes
+from nsattn.kernels._lists import SLACK, Chunk, Cut, chunks, invert, lists_bytes
 from nsattn.plan import make_plan
 from nsattn.testing import hostile_selection, make_inputs, random_selection
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter"
 )
 CONFIG = NSAConfig(8, 4, 16, 4, 20)
+CUT = Cut(7, 5, short=100)
 
 
 def plan_of(lengths, lengths_k=None, heads=2):
@@ -62,15 +63,17 @@ def check(plan, select):
     for chunk in (whole, part) if plan.total_q > 64 else (whole,):
         lists, slots = naive(block_idx, plan, chunk)
         for span in (None, 64):
-            got = invert(block_idx, plan, chunk, pairs_per_item=7, span=span)
-            found, slices = {}, []
+            got = invert(block_idx, plan, chunk, cut=CUT, span=span)
+            found, slices, lengths = {}, [], plan.cu_q.diff().tolist()
             for head, sequence, block, first, count, slot in got.items.tolist():
-                assert 0 <= count <= 7
+                assert 0 <= count <= (5 if lengths[sequence] <= 100 else 7)
                 if count:
                     found.setdefault((head, sequence, block), []).extend(got.tokens[first : first + count].tolist())
                     slices += [slot] if slot >= 0 else []
             if span is None:
                 assert found == lists
+                order = [(s, block, head) for head, s, block in found]
+                assert got.by_block and order == sorted(order)
             else:
                 assert {key: sorted(rows) for key, rows in found.items()} == lists
                 if plan.num_seqs == 1:  # a range of tokens comes whole before the next
@@ -86,7 +89,7 @@ def test_a_wrong_bound_on_the_lengths_writes_nothing_outside():
     cu = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
     plan = make_plan(cu, 300, config=CONFIG, max_seqlen=64)
     block_idx = random_selection(make_plan(cu, 300, config=CONFIG, max_seqlen=300), 1)
-    lists = invert(block_idx, plan, Chunk(0, 300, 0, 1, 0, 1), pairs_per_item=7)
+    lists = invert(block_idx, plan, Chunk(0, 300, 0, 1, 0, 1), cut=CUT)
     assert (lists.inverse[64:] == -1).all()
     assert torch.equal(lists.inverse[:64] >= 0, block_idx[:64] >= 0)
 
@@ -96,7 +99,8 @@ def test_chunks_cover_everything_within_the_budget(group):
     plan = plan_of((5000, 0, 300), heads=8)
 
     def size(rows, heads, part):
-        return rows * heads * part * 500 + lists_bytes(plan, rows, heads, 4, 7)
+        lists, making = lists_bytes(plan, rows, heads, 4, CUT)
+        return lists + max(making, rows * heads * part * 500)
 
     cuts = set()
     for workspace in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 23, 1 << 24, 1 << 30):
@@ -113,7 +117,7 @@ def test_chunks_cover_everything_within_the_budget(group):
 
 
 def test_lists_bytes_is_what_the_lists_take():
-    """Storage of everything `invert` makes, temporaries included, on a batch where all terms count."""
+    """Storage of what `invert` returns, and of all else that it makes, on a batch where all terms count."""
     plan = plan_of((3000, 500))
     block_idx = random_selection(plan, 2)
     made = []
@@ -126,7 +130,24 @@ def test_lists_bytes_is_what_the_lists_take():
             return result
 
     with Count():
-        invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), pairs_per_item=7)
+        lists = invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=CUT)
     given = {x.untyped_storage()._cdata for x in (block_idx, *plan) if isinstance(x, torch.Tensor)}
-    taken = sum({storage._cdata: storage.nbytes() for storage in made if storage._cdata not in given}.values())
-    assert taken == pytest.approx(lists_bytes(plan, plan.total_q, 2, 4, 7), rel=0.1)
+    taken = {storage._cdata: storage.nbytes() for storage in made if storage._cdata not in given}
+    kept = {x.untyped_storage()._cdata for x in lists if isinstance(x, torch.Tensor)}
+    want_kept, want_making = lists_bytes(plan, plan.total_q, 2, 4, CUT)
+    assert sum(taken[i] for i in kept) == pytest.approx(want_kept, rel=0.1)
+    assert sum(size for i, size in taken.items() if i not in kept) == pytest.approx(want_making, rel=0.1)
+
+
+@pytest.mark.parametrize("lengths", [(300,), (64, 128), (30,) * 9, (200, 50)], ids=str)
+def test_bounds_of_items_hold_where_they_are_tight(lengths):
+    """All tokens choose the same blocks, so that every list is as long as it can be, and one pair more than an item."""
+    plan = plan_of(lengths)
+    block_idx = torch.full((plan.total_q, 2, 4), -1, dtype=torch.int32, device=DEVICE)
+    for n in range(4):
+        block_idx[:, :, n] = n
+    for cut in (CUT, Cut(29, 29), Cut(63, 49, short=100), Cut(300, 300)):
+        lists = invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=cut)
+        used = lists.items[lists.items[:, 4] > 0]
+        assert int(used[:, 4].sum()) == int((lists.inverse >= 0).sum()) > 0
+        assert int((used[:, 5] >= 0).sum()) <= lists.num_slices

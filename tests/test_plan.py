@@ -7,7 +7,7 @@ import torch
 
 from nsattn import NSAConfig, make_plan
 from nsattn.kernels import _plan
-from nsattn.plan import TILE, Plan, cumulative, make_cached_plan, make_tables
+from nsattn.plan import STARTS, TILE, Plan, cumulative, make_cached_plan, make_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = NSAConfig(cmp_block=8, cmp_stride=4, slc_block=16, num_selected=4, window=20)
@@ -35,9 +35,9 @@ def test_kernels_write_the_same_tables(n, longest, keys):
     want = make_tables(*arguments, config=CONFIG, **plan.sizes())
     got = _plan.tables(*arguments, config=CONFIG, **plan.sizes())
     width = plan.sizes()["width"]
-    for i in range(8):  # what pads the tables of starts means nothing
+    for i in range(STARTS):  # what pads the tables of starts means nothing
         assert torch.equal(got[i * width :][: n + 1], want[i * width :][: n + 1]), i
-    assert torch.equal(got[8 * width :], want[8 * width :])
+    assert torch.equal(got[STARTS * width :], want[STARTS * width :])
 
 
 def test_tables_by_hand():
@@ -46,6 +46,7 @@ def test_tables_by_hand():
     assert plan.cu_cmp.tolist() == [0, 16, 16, 16 + 31]
     assert plan.cu_blk.tolist() == [0, 5, 5, 14]
     assert plan.cu_k_tiles.tolist() == [0, 2, 2, 5] and plan.cu_cmp_tiles.tolist() == [0, 1, 1, 2]
+    assert plan.cu_k_pairs.tolist() == [0, 1, 1, 3] and plan.cu_cmp_pairs.tolist() == [0, 1, 1, 2]
     tiles = [[0, 0], [0, TILE], [2, 0], [2, TILE], [2, 2 * TILE]]
     assert [t for t in plan.q_tiles.tolist() if t[0] >= 0] == [t for t in plan.k_tiles.tolist() if t[0] >= 0] == tiles
     assert [t for t in plan.q_pairs.tolist() if t[0] >= 0] == [[0, 0], [2, 0], [2, 2 * TILE]]

@@ -8,6 +8,7 @@ import torch
 from nsattn import NSAConfig
 from nsattn.kernels import _runs_sm90, reference
 from nsattn.kernels._gradient import KeyBlocks, plain_gradient
+from nsattn.kernels._lists import Cut
 from nsattn.kernels._tile import row_delta
 from nsattn.plan import cumulative
 from nsattn.testing import assert_close, make_inputs
@@ -47,9 +48,13 @@ def test_gradients(branch, lengths, lengths_k, workspace, B, rows_per_item):
     blocks = (cu.diff() + B - 1) // B
     keys = KeyBlocks(cu, cumulative(blocks), int(blocks.sum()) + 2, B, **rule)  # the number is an upper bound
     delta = row_delta(o.detach(), do, dlse)
+
+    def cut(G):
+        return Cut(-(-rows_per_item // G), -(-rows_per_item // (2 * G)), short=25)
+
     got = _runs_sm90.key_gradients(
         do, x.q, k, v, lse.detach(), delta, plan, keys, scale=x.scale, workspace=workspace,
-        kernel=plain_gradient(x.q, v, B)._replace(rows_per_item=rows_per_item),
+        kernel=plain_gradient(x.q, v, B)._replace(cut=cut),
     )
     for name, *tensors in zip(("dk", "dv"), got, golden[1:], low[1:], strict=True):
         assert_close(*tensors, name)

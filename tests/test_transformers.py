@@ -384,7 +384,7 @@ def test_fsdp2_gives_the_same_gradients(tmp_path):
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, "tests")
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -408,7 +408,10 @@ for length in (40, 5):
 torch.testing.assert_close(got, loss)
 for name, p in model.named_parameters():
     torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-4, atol=1e-5)
+dist.barrier()
 dist.destroy_process_group()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads now and then abort a process that leaves Python the usual way
 """
 
 
@@ -440,7 +443,10 @@ for call in (lambda: model(ids), lambda: layer(x)):
             assert "context_parallel" in str(error)
         else:
             raise SystemExit("no refusal")
+dist.barrier()
 dist.destroy_process_group()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads now and then abort a process that leaves Python the usual way
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -46,6 +46,7 @@ class Keys(NamedTuple):
     cu: Tensor  # [n + 1] first key row of each sequence
     cu_tiles: Tensor  # [n + 1] first tile of key rows of each sequence
     tiles: Tensor  # [*, 2] tile table of the key rows, see `Plan`
+    cu_pairs: Tensor  # [n + 1] first pair of tiles of each sequence
     stride: int  # positions between the ends of neighbouring keys
     span: int  # positions one key covers
     window: int  # positions a query looks back, its own one counted
@@ -54,12 +55,17 @@ class Keys(NamedTuple):
 def compressed_keys(plan: Plan) -> Keys:
     """The keys of attend_compressed."""
     config = plan.config
-    return Keys(plan.cu_cmp, plan.cu_cmp_tiles, plan.cmp_tiles, config.cmp_stride, config.cmp_block, UNLIMITED)
+    return Keys(
+        plan.cu_cmp, plan.cu_cmp_tiles, plan.cmp_tiles, plan.cu_cmp_pairs, stride=config.cmp_stride,
+        span=config.cmp_block, window=UNLIMITED,
+    )  # fmt: skip
 
 
 def window_keys(plan: Plan) -> Keys:
     """The keys of attend_window."""
-    return Keys(plan.cu_k, plan.cu_k_tiles, plan.k_tiles, stride=1, span=1, window=plan.config.window)
+    return Keys(
+        plan.cu_k, plan.cu_k_tiles, plan.k_tiles, plan.cu_k_pairs, stride=1, span=1, window=plan.config.window
+    )
 
 
 class Shape(NamedTuple):
@@ -403,12 +409,13 @@ def _dense_dkv_kernel(
 
 def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan,
-    keys: Keys, *, scale: float,
+    keys: Keys, *, scale: float, delta: Tensor | None, dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` with respect to q, k, v."""
+    """Gradients of `forward` with respect to q, k, v. See `attend_window_triton.attend_window_bwd`."""
     (T, Hq, D), (total, Hkv, Dv) = q.shape, v.shape
+    total_dq = dq
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = row_delta(o, do, dlse)
+    delta = row_delta(o, do, dlse) if delta is None else delta
     inputs = (q, k, v, do, lse, delta)
     cu = (plan.cu_q, plan.cu_k, keys.cu)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
@@ -428,4 +435,4 @@ def backward(
             *inputs, keys.tiles, *cu, dk, dv, *strides, Hkv, plan.num_seqs, total, window, scale,
             **fixed, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
         )
-    return dq, dk, dv
+    return dq if total_dq is None else total_dq.add_(dq), dk, dv

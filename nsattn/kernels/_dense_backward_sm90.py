@@ -2,7 +2,7 @@
 
 Two passes. *dQ* is built like the forward in `_dense_sm90`: a program holds 128 rows of q and do, two warpgroups own
 64 each and do not wait for each other, keys and values of 64 a step pass through shared memory four deep. *dK, dV* is
-the gradient kernel of the selected branch over lists of runs, as in `_runs_sm90`, without partial gradients of q.
+`_dense_keys_sm90` over lists of runs, as in `_runs_sm90`.
 Seven products for each pair of a query and a key instead of the five of one pass, and no scratch that grows with both
 lengths.
 """
@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels._dense import UNLIMITED, Keys
+from nsattn.kernels._dense_keys_sm90 import KEYS, gradient
 from nsattn.kernels._dense_sm90 import (
     BM,
     COPY,
@@ -42,12 +43,19 @@ from nsattn.kernels._dense_sm90 import (
     wait_for,
 )
 from nsattn.kernels._gradient import Gradient, KeyBlocks
-from nsattn.kernels._gradient_sm90 import aligned, gradient
+from nsattn.kernels._gradient_sm90 import aligned
+from nsattn.kernels._lists import Cut
 from nsattn.kernels._runs_sm90 import key_gradients
 from nsattn.kernels._tile import LOG2E, row_delta
 from nsattn.plan import TILE, Plan
 
-KEY_GRADIENT = Gradient(gradient, parts=1, fewest_pairs=1, rows_per_item=8192)
+
+def key_cut(G: int) -> Cut:
+    """8192 rows an item; 3072 in short sequences, whose items would not fill the GPU."""
+    return Cut(-(-8192 // G), -(-3072 // G))
+
+
+KEY_GRADIENT = Gradient(gradient, parts=1, cut=key_cut)
 BN = gl.constexpr(64)  # keys of a step of dQ
 STAGES = gl.constexpr(4)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -62,9 +70,6 @@ def _step(
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
 ):
     """Add the part of step j to dQ / scale, a product that is still under way at the end; copy for step n."""
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    if j > 0:
-        release(j - 1, k_empty, STAGES)
     wait_for(j, k_full, STAGES)
     wait_for(j, v_full, STAGES)
     fence_async_shared()
@@ -74,7 +79,9 @@ def _step(
     dp = warpgroup_mma(do_tile, v_tiles.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
     if n < steps:
         fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    s, acc = warpgroup_mma_wait(1, deps=(s, acc))  # and so the product of the last step
+    if j > 0:
+        release(j - 1, k_empty, STAGES)
     if MASK:
         s = hide(s, t, i_n, row, G, STRIDE, SPAN, WINDOW)
     p = gl.exp2(s * scale2 - lse2[:, None])
@@ -89,6 +96,7 @@ def _rows(
     DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_fetch, stride8, len_keys, lo,
     steps, late, early, t, row, scale, o_first, left, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+    ADD: gl.constexpr,
 ):
     """dQ of 64 rows of a pair of tiles, from `row`; row 0 is row `o_first` of DQ seen as [T * Hq, D].
 
@@ -131,22 +139,29 @@ def _rows(
     r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     o_dq = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
-    gl.store(DQ + (o_dq[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
+    p_dq, m_dq = DQ + (o_dq[:, None] + o_d[None, :]), (r // G < left)[:, None]
+    dq = q_tile.load(COPY)
+    if ADD:
+        dq = (dq.to(gl.float32) + gl.load(p_dq, mask=m_dq, other=0.0).to(gl.float32)).to(q_tile.dtype)
+    gl.store(p_dq, dq, mask=m_dq)
 
 
 @gluon.jit(do_not_specialize=["num_seqs", "total"])
 def _dense_dq_sm90_kernel(
     Q, K, V, DO, LSE, DELTA, PAIRS, CU_Q, CU_K, CU_KEYS, DQ, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
     num_heads, num_seqs, total, scale,
-    G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+    G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, ADD: gl.constexpr,
 ):
-    """dQ of 128 rows of a pair of tiles: scale * sum of ds * k over the keys they see, ds = p * (do . v - delta)."""
+    """dQ of 128 rows of a pair of tiles: scale * sum of ds * k over the keys they see, ds = p * (do . v - delta).
+
+    With ADD, what DQ holds is added.
+    """
     TYPE: gl.constexpr = Q.dtype.element_ty
     i = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most compressed keys: they start first
     i_pair, kv_head, row = i // num_heads, i % num_heads // G, i % G * ROWS
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
-    if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
+    if not ADD and (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
         gl.store(DQ + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
     start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
     if row // G >= left:
@@ -176,37 +191,40 @@ def _dense_dq_sm90_kernel(
     gl.warp_specialize([
         (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty,
                  v_empty, p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,
-                 0, G, STRIDE, SPAN, WINDOW)),
+                 0, G, STRIDE, SPAN, WINDOW, ADD)),
         (_rows, (DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty,
                  v_empty, p_v, sv_t8, len_keys, lo, steps, late, early, t, row + BM, scale, o_first, left, num_heads,
-                 1, G, STRIDE, SPAN, WINDOW)),
+                 1, G, STRIDE, SPAN, WINDOW, ADD)),
     ], [4], [240])
 
 
 def query_gradient(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, keys: Keys, *, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, keys: Keys, *, scale: float,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dq; rows of q, k and v start at multiples of 16 bytes, do is contiguous."""
+    """dq, or `total` to which it has been added; rows of q, k and v start at multiples of 16 bytes, do is
+    contiguous."""
     T, Hq, _ = q.shape
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if total is None else total
     if T:
         strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
         _dense_dq_sm90_kernel[(plan.q_pairs.shape[0] * Hq,)](
             q, k, v, do, lse, delta, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, dq, *strides, Hq, plan.num_seqs, T,
             scale, G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
-            WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=248,
+            WINDOW=None if keys.window >= UNLIMITED else keys.window, ADD=total is not None, num_warps=4, maxnreg=248,
         )  # fmt: skip
     return dq
 
 
 def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, keys: Keys, *,
-    scale: float, workspace: int,
+    scale: float, workspace: int, delta: Tensor | None, dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_dense.backward` on Hopper, D = Dv = 128."""
     do, q, k, v = map(aligned, (do, q, k, v))
-    delta = row_delta(o, do, dlse)
-    blocks = KeyBlocks(keys.cu, keys.cu_tiles, len(keys.tiles), TILE, keys.stride, keys.span, keys.window)
-    dq = query_gradient(do, q, k, v, lse, delta, plan, keys, scale=scale)
+    delta = row_delta(o, do, dlse) if delta is None else delta
+    pairs = (len(keys.tiles) - plan.num_seqs) * TILE // KEYS + plan.num_seqs
+    blocks = KeyBlocks(keys.cu, keys.cu_pairs, pairs, KEYS, keys.stride, keys.span, keys.window)
+    dq = query_gradient(do, q, k, v, lse, delta, plan, keys, scale=scale, total=dq)
     dk, dv = key_gradients(do, q, k, v, lse, delta, plan, blocks, scale=scale, workspace=workspace, kernel=KEY_GRADIENT)
     return dq, dk, dv

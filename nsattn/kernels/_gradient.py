@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, lists_bytes, load_item
+from nsattn.kernels._lists import BlockLists, Chunk, Cut, Size, chunks, invert, lists_bytes, load_item
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
@@ -77,9 +77,23 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
     return next((tile for tile in tiles if fits(*tile)), tiles[-1])
 
 
+@triton.jit
+def _store_sum(p, p_rest, x, m, ADD: tl.constexpr):
+    """Store x, with ADD after adding what is there; with p_rest, also what rounding takes off, so that sums go on as
+    if they had not been rounded."""
+    if ADD:
+        x += tl.load(p, mask=m, other=0.0)
+    if p_rest is not None:
+        x += tl.load(p_rest, mask=m, other=0.0)
+    y = x.to(p.dtype.element_ty)
+    tl.store(p, y, mask=m)
+    if p_rest is not None:
+        tl.store(p_rest, (x - y.to(x.dtype)).to(p_rest.dtype.element_ty), mask=m)
+
+
 @triton.jit(do_not_specialize=["num_heads"])
 def _gradient_kernel(
-    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, SLICES,
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, REST, SLICES,
     sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sdk_t, sdk_h, sdv_t, sdv_h, num_heads, scale,
     D: tl.constexpr, DVAL: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     STRIDE: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr,
@@ -146,17 +160,19 @@ def _gradient_kernel(
     else:
         p_dk = DK + kv_head * sdk_h + (start_k + o_k)[None, :] * sdk_t + o_d[:, None]
         p_dv = DV + kv_head * sdv_h + (start_k + o_k)[None, :] * sdv_t + o_v[:, None]
-        if ADD:
-            b_dk += tl.load(p_dk, mask=m_dk, other=0.0)
-            b_dv += tl.load(p_dv, mask=m_dv, other=0.0)
-        tl.store(p_dk, b_dk.to(DK.dtype.element_ty), mask=m_dk)
-        tl.store(p_dv, b_dv.to(DV.dtype.element_ty), mask=m_dv)
+        p_dk_rest, p_dv_rest = None, None
+        if REST is not None:
+            p_dk_rest = REST + (start_k + o_k)[None, :] * (D + DVAL) + o_d[:, None]
+            p_dv_rest = REST + (start_k + o_k)[None, :] * (D + DVAL) + D + o_v[:, None]
+        _store_sum(p_dk, p_dk_rest, b_dk, m_dk, ADD)
+        _store_sum(p_dv, p_dv_rest, b_dv, m_dv, ADD)
 
 
-@triton.jit(do_not_specialize=["num_blk", "num_seqs"])
+@triton.jit(do_not_specialize=["num_blk", "heads", "num_seqs"])
 def _sum_slices_kernel(
-    SLICES, BOUNDS, DK, DV, CU_KEYS, CU_BLK, s_bounds, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, num_seqs,
+    SLICES, BOUNDS, DK, DV, REST, CU_KEYS, CU_BLK, s_bounds, sdk_t, sdk_h, sdv_t, sdv_h, num_blk, heads, num_seqs,
     D: tl.constexpr, DVAL: tl.constexpr, BDD: tl.constexpr, B: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
 ):
     """dK, dV of BR keys of a block whose list was cut: the sum of its slices, in order."""
     ACC: tl.constexpr = SLICES.dtype.element_ty
@@ -165,7 +181,10 @@ def _sum_slices_kernel(
     last = (tl.load(BOUNDS + i_list * s_bounds + 1) - tl.load(BOUNDS)).to(tl.int64)
     if first == last:
         return
-    blk = i_list % num_blk
+    if BY_BLOCK:
+        blk, i_h = i_list // heads, i_list % heads
+    else:
+        blk, i_h = i_list % num_blk, i_list // num_blk
     i_s = tl.max(last_at_most(CU_BLK, num_seqs, tl.full([1], blk, tl.int32)), 0)
     start_k, len_k = bounds(CU_KEYS, i_s)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -175,20 +194,22 @@ def _sum_slices_kernel(
     for i in range(first, last):
         p = SLICES + i * (B * (D + DVAL)) + o_r[:, None] * (D + DVAL) + o_d[None, :]
         acc += tl.load(p, mask=(o_d < D + DVAL)[None, :] & (o_k < len_k)[:, None], other=0.0)
-    head = (i_list // num_blk).to(tl.int64)
+    head = i_h.to(tl.int64)
     m_k = (o_k < len_k)[:, None]
     p_dk = DK + head * sdk_h + (start_k + o_k)[:, None] * sdk_t + o_d[None, :]
     p_dv = DV + head * sdv_h + (start_k + o_k)[:, None] * sdv_t + (o_d - D)[None, :]
     m_dk, m_dv = m_k & (o_d < D)[None, :], m_k & ((o_d >= D) & (o_d < D + DVAL))[None, :]
-    if ADD:
-        acc += tl.load(p_dk, mask=m_dk, other=0.0) + tl.load(p_dv, mask=m_dv, other=0.0)
-    tl.store(p_dk, acc.to(DK.dtype.element_ty), mask=m_dk)
-    tl.store(p_dv, acc.to(DV.dtype.element_ty), mask=m_dv)
+    p_rest = None
+    if REST is not None:
+        p_rest = REST + (start_k + o_k)[:, None] * (D + DVAL) + o_d[None, :]
+    _store_sum(p_dk, p_rest, acc, m_dk, ADD)
+    _store_sum(p_dv, p_rest, acc, m_dv, ADD)
 
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
+    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, rest: Tensor | None,
+    slices: Tensor, add: bool,
 ) -> None:
     """Walk the lists once: dK, dV of every block, or slices of them where a list is cut, and dQ partials in list order.
 
@@ -197,14 +218,17 @@ def gradient(
             contiguous tensors.
         dq_partials: `[pairs * G * parts, D]` like q, or None to leave them out; `parts` of `plain_gradient`. Only for
             lists with tokens.
-        out_k, out_v: like k and v, views of heads of contiguous tensors; with `add`, float32 sums.
+        out_k, out_v: like k and v, views of heads of contiguous tensors.
+        rest: `[total_k, D + Dv]` like k, or None: what rounding took off the sums of dK and dV of the one KV head, see
+            `_store_sum`.
         slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
+        add: to what out_k and out_v hold.
     """
     D, Dv, B = q.shape[-1], v.shape[-1], keys.size
     BM, BK, warps, stages = gradient_tile(q, v, B)
     _gradient_kernel[(lists.items.shape[0] * (B // BK),)](
         q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu,
-        q if dq_partials is None else dq_partials, out_k, out_v, slices,
+        q if dq_partials is None else dq_partials, out_k, out_v, rest, slices,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out_k.stride()[:2], *out_v.stride()[:2],
         lse.stride(0), scale,
         D=D, DVAL=Dv, BD=next_power_of_2(D), BDV=next_power_of_2(Dv), G=q.shape[1] // k.shape[1], B=B,
@@ -213,6 +237,7 @@ def gradient(
     )  # fmt: skip
 
 
+Pair = tuple[Tensor, Tensor]
 TakeDQ = Callable[[Chunk, BlockLists, Tensor], None]
 
 
@@ -221,31 +246,37 @@ class Gradient(NamedTuple):
 
     launch: Callable[..., None]
     parts: int  # dQ partials of a row: a block may be done in parts
-    fewest_pairs: int  # in an item, or all that its list has
-    rows_per_item: int = 16384
+    cut: Callable[[int], Cut]  # by the group size
 
-    def pairs_per_item(self, G: int) -> int:
-        """Long items mean few slices; beyond 4096 pairs or `rows_per_item` the popular blocks become the tail."""
-        return min(4096, max(self.fewest_pairs, -(-self.rows_per_item // G)))
+
+def selected_cut(G: int, fewest: int = 1) -> Cut:
+    """Long items mean few slices; beyond 4096 pairs or 16384 rows the popular blocks become the tail.
+
+    Slices of 2560 pairs still fit `SLACK` beside a full workspace of partials at G = 4.
+    """
+    pairs = min(4096, max(fewest, -(-16384 // G)))
+    return Cut(pairs, min(2560, pairs))
 
 
 def plain_gradient(q: Tensor, v: Tensor, B: int) -> Gradient:
     """The kernel for any GPU."""
-    return Gradient(gradient, parts=B // gradient_tile(q, v, B)[1], fewest_pairs=1)
+    return Gradient(gradient, parts=B // gradient_tile(q, v, B)[1], cut=selected_cut)
 
 
 def selected_size(
     q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
 ) -> Size:
-    """Scratch of a chunk in the backward of the selected branch: lists, slices of dK and dV, dQ partials, sums."""
+    """Scratch of the backward of the selected branch in a chunk: lists, slices of dK and dV, dQ partials, the rest of
+    sums, and delta, which no chunk makes smaller: it counts for at most a quarter of the workspace."""
     D, B = q.shape[2], plan.config.slc_block
 
     def size(rows: int, heads: int, group: int) -> int:
-        pairs, pairs_per_item = rows * heads * N, kernel.pairs_per_item(group)
-        slices = 2 * pairs // pairs_per_item * slice_bytes(q, v, B)
-        partials = pairs * group * kernel.parts * D * q.element_size() if with_dq else 0
-        sums = key_sums(q, k, v, plan, rows, group, workspace)
-        return slices + partials + sums + lists_bytes(plan, rows, heads, N, pairs_per_item)
+        cut = kernel.cut(group)
+        slices = cut.slices(plan, rows, heads, N) * slice_bytes(q, v, B)
+        partials = rows * heads * N * group * kernel.parts * D * q.element_size() if with_dq else 0
+        lists, making = lists_bytes(plan, rows, heads, N, cut)
+        kept = key_rest(q, k, v, plan, rows, group, workspace) + min(delta_bytes(q), workspace // 4)
+        return kept + lists + max(making, slices + partials)
 
     return size
 
@@ -255,51 +286,53 @@ def slice_bytes(q: Tensor, v: Tensor, B: int) -> int:
     return B * (q.shape[2] + v.shape[2]) * lse_dtype(q).itemsize
 
 
-def key_sums(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: int, group: int, workspace: int) -> int:
-    """What the sums in which the chunks of a KV head meet count for in a chunk: at most half of the workspace, else
-    little would be left for long sequences."""
+def key_rest(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: int, group: int, workspace: int) -> int:
+    """What the rest of the sums in which the chunks of a KV head meet counts for in a chunk: at most half of the
+    workspace, else little would be left for long sequences."""
     whole = rows == plan.total_q and group == q.shape[1] // k.shape[1]
-    return 0 if whole else min(sums_bytes(k, v), workspace // 2)
+    return 0 if whole else min(rest_bytes(k, v), workspace // 2)
 
 
-def sums_bytes(k: Tensor, v: Tensor) -> int:
-    """Float32 sums of dK and dV of one KV head."""
-    return k.shape[0] * (k.shape[2] + v.shape[2]) * lse_dtype(k).itemsize
+def rest_bytes(k: Tensor, v: Tensor) -> int:
+    """The rest of dK and dV of one KV head."""
+    return k.shape[0] * (k.shape[2] + v.shape[2]) * k.element_size()
 
 
 def backward_bytes(
     q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, kernel: Gradient, *, workspace: int, with_dq: bool
 ) -> int:
-    """Peak scratch of the backward, delta counted."""
+    """Peak scratch of the backward."""
     Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
     size = selected_size(q, k, v, N, plan, kernel, workspace=workspace, with_dq=with_dq)
     pieces = list(chunks(plan, Hkv, G, size, workspace))
     largest = max((size(c.rows, c.heads, c.group) for c in pieces), default=0)
-    uncounted = max(0, sums_bytes(k, v) - workspace // 2) if len(pieces) > Hkv else 0
-    return largest + uncounted + delta_bytes(q)
+    uncounted = max(0, delta_bytes(q) - workspace // 4)
+    if len(pieces) > Hkv:
+        uncounted += max(0, rest_bytes(k, v) - workspace // 2)
+    return largest + uncounted
 
 
 def selected_dkv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block_idx: Tensor, plan: Plan, *,
-    scale: float, workspace: int, kernel: Gradient, take_dq: TakeDQ | None = None,
-) -> tuple[Tensor, Tensor]:
+    scale: float, workspace: int, kernel: Gradient, take_dq: TakeDQ | None = None, into: Pair | None = None,
+) -> Pair:
     """dk and dv of the selected branch. See `walk_keys`."""
 
     def lists_of(chunk: Chunk) -> BlockLists:
-        return invert(block_idx, plan, chunk, pairs_per_item=kernel.pairs_per_item(chunk.group))
+        return invert(block_idx, plan, chunk, cut=kernel.cut(chunk.group))
 
     size = selected_size(q, k, v, block_idx.shape[-1], plan, kernel, workspace=workspace, with_dq=take_dq is not None)
     return walk_keys(
         do, q, k, v, lse, delta, lists_of, size, plan, token_blocks(plan), scale=scale, workspace=workspace,
-        kernel=kernel, take_dq=take_dq,
+        kernel=kernel, take_dq=take_dq, into=into,
     )  # fmt: skip
 
 
 def walk_keys(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists_of: Callable[[Chunk], BlockLists],
     size: Size, plan: Plan, keys: KeyBlocks, *, scale: float, workspace: int, kernel: Gradient,
-    take_dq: TakeDQ | None = None,
-) -> tuple[Tensor, Tensor]:
+    take_dq: TakeDQ | None = None, into: Pair | None = None,
+) -> Pair:
     """dk and dv, chunk by chunk.
 
     Args:
@@ -307,18 +340,16 @@ def walk_keys(
         size: the scratch of a chunk, by which the batch is cut.
         take_dq: if given, called for each chunk with the dQ partials `[pairs * group * parts, D]` in list order, which
             the same pass over the lists then writes. They are valid until it returns.
+        into: gradients of k and v so far, contiguous, to which these are added in place.
     """
     T, D, Dv, Hkv = q.shape[0], q.shape[-1], v.shape[-1], k.shape[1]
     G, B, kind = q.shape[1] // Hkv, keys.size, lse_dtype(q)
-    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    lists, sums = None, ()
+    dk, dv = into or (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    lists = rest = None
     for chunk in chunks(plan, Hkv, G, size, workspace):
-        out = chunk.of_keys(dk), chunk.of_keys(dv)
-        several = chunk.rows < T or chunk.group < G  # chunks of one KV head: sum them in float32
+        several = chunk.rows < T or chunk.group < G  # chunks of one KV head
         if several and chunk.row0 == chunk.part0 == 0:
-            sums = sums or tuple(torch.empty(x.shape, dtype=kind, device=x.device) for x in out)
-            for x in sums:
-                x.zero_()
+            rest = torch.zeros(len(k), D + Dv, dtype=k.dtype, device=k.device) if rest is None else rest.zero_()
         if chunk.part0 == 0:  # the query heads of a group share the lists
             del lists
             lists = lists_of(chunk)
@@ -328,22 +359,21 @@ def walk_keys(
             dq_partials = torch.empty(num_partials, D, dtype=q.dtype, device=q.device)
         slices = torch.empty(lists.num_slices, B, D + Dv, dtype=kind, device=q.device)
         do_part, q_part, lse_part, delta_part = (chunk.of_queries(x, G) for x in (do, q, lse, delta))
-        out_k, out_v = sums if several else out
+        out_k, out_v = chunk.of_keys(dk), chunk.of_keys(dv)
+        add = several or into is not None
         kernel.launch(
             do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), lse_part, delta_part, lists, plan, keys, scale,
-            dq_partials, out_k, out_v, slices, several,
+            dq_partials, out_k, out_v, rest, slices, add,
         )  # fmt: skip
         if lists.num_slices:
             BR = 16
             _sum_slices_kernel[(len(lists.slices), B // BR)](
-                slices, lists.slices, out_k, out_v, keys.cu, keys.cu_blk, lists.slices.stride(0), *out_k.stride()[:2],
-                *out_v.stride()[:2], keys.total_blk, plan.num_seqs,
-                D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=several, num_warps=4,
+                slices, lists.slices, out_k, out_v, rest, keys.cu, keys.cu_blk, lists.slices.stride(0),
+                *out_k.stride()[:2], *out_v.stride()[:2], keys.total_blk, chunk.heads, plan.num_seqs,
+                D=D, DVAL=Dv, BDD=next_power_of_2(D + Dv), B=B, BR=BR, ADD=add, BY_BLOCK=lists.by_block,
+                num_warps=4,
             )  # fmt: skip
         if take_dq and dq_partials is not None:
             take_dq(chunk, lists, dq_partials)
-        if several and chunk.row1 == T and chunk.part1 == G:
-            for x, total in zip(out, sums, strict=True):
-                x.copy_(total)
         del dq_partials, slices  # before the next chunk allocates its own
     return dk, dv

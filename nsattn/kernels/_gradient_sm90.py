@@ -1,8 +1,8 @@
 """Gradient of keys and values, and the dQ partials, of one pass over the block lists: Hopper (sm_90), in Gluon.
 
-Replaces the kernel of `_gradient` for D = Dv = 128, selection blocks of 64 and 128 keys, and 16-bit inputs. A warpgroup
-holds 64 keys: their dK and dV stay in its registers, 128 of 255, while tiles of 64 gathered rows pass through shared
-memory, two deep. What decides the speed is the rest of the registers: nothing may spill. Therefore
+Replaces the kernel of `_gradient` in the selected branch, for D = Dv = 128, blocks of 64 and 128 keys, and 16-bit
+inputs. A warpgroup holds 64 keys: their dK and dV stay in its registers, 128 of 255, while tiles of 64 gathered rows
+pass through shared memory, two deep. What decides the speed is the rest of the registers: nothing may spill. Therefore
 
 - scores are computed as S^T = K Q^T, so that P^T and dS^T are register operands of dV and dK, and only dS^T, which dQ
   reads transposed, goes through shared memory;
@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsattn.kernels._gradient import UNLIMITED, KeyBlocks
+from nsattn.kernels._gradient import KeyBlocks
 from nsattn.kernels._lists import BlockLists
 from nsattn.plan import Plan
 
@@ -36,11 +36,9 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its nam
 
 
 @gluon.jit
-def _tokens_of(P, row, count, G: gl.constexpr, RUN: gl.constexpr):
-    """Query rows behind rows of an item; past the end that of the last pair. P: where they are listed, or in a run of
-    neighbouring rows the first."""
-    p = P + gl.minimum(row // G, count - 1)
-    return p if RUN else gl.load(p)
+def _tokens_of(TOKENS, row, count, G: gl.constexpr):
+    """Query rows behind rows of an item, whose list begins at TOKENS; past the end that of the last pair."""
+    return gl.load(TOKENS + gl.minimum(row // G, count - 1))
 
 
 @gluon.jit
@@ -87,14 +85,26 @@ def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
              cache_modifier=".cs")
 
 
+@gluon.jit
+def store_sum(p, REST, o_rest, x, m, ADD: gl.constexpr):
+    """`_gradient._store_sum`."""
+    if ADD:
+        x += gl.load(p, mask=m, other=0.0)
+    if REST is not None:
+        x += gl.load(REST + o_rest, mask=m, other=0.0)
+    y = x.to(p.dtype.element_ty)
+    gl.store(p, y, mask=m)
+    if REST is not None:
+        gl.store(REST + o_rest, (x - y.to(gl.float32)).to(REST.dtype.element_ty), mask=m)
+
+
 @gluon.jit(do_not_specialize=["num_heads"])
 def _gradient_sm90_kernel(
-    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, SLICES,
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, REST, SLICES,
     sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, num_heads, scale,
-    G: gl.constexpr, B: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
-    Q_PACKED: gl.constexpr, WITH_DQ: gl.constexpr, ADD: gl.constexpr,
+    G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, ADD: gl.constexpr,
 ):
-    """dK, dV of a block over one item of its list, and with WITH_DQ the dQ partial of every row (Eq 11, 12):
+    """dK, dV of a block over one item of its list, and the dQ partial of every row (Eq 11, 12):
 
         P^T = exp(scale K Q^T - lse)    dV += P^T dO    dS^T = scale P^T (V dO^T - delta)    dK += dS^T Q    dQ = dS K
 
@@ -126,8 +136,7 @@ def _gradient_sm90_kernel(
     shift = gl.load(CU_K + i_s + 1) - gl.load(CU_K + i_s) - gl.load(CU_Q + i_s + 1)
     num_rows = count * G
     head0 = i_h * G
-    RUN: gl.constexpr = TOKENS is None
-    P = first.to(gl.int32) if RUN else TOKENS + first
+    TOKENS += first
 
     k_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
     v_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
@@ -148,28 +157,27 @@ def _gradient_sm90_kernel(
     async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_d, mask=m_k)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
     for j in gl.static_range(2):
-        token = _tokens_of(P, j * 64 + row, count, G, RUN)
+        token = _tokens_of(TOKENS, j * 64 + row, count, G)
         _fetch(q_tiles.index(j), do_tiles.index(j), Q, DO, token, j * 64 + row, num_rows, sq_t8, sq_h8, head0,
                num_heads, G, Q_PACKED, COPY)
-    token = _tokens_of(P, 128 + row, count, G, RUN)
+    token = _tokens_of(TOKENS, 128 + row, count, G)
     line = gl.arange(0, 128, layout=LINE)
     is_lse = line < 64
     line = line % 64
-    start_token = _tokens_of(P, line, count, G, RUN)
+    start_token = _tokens_of(TOKENS, line, count, G)
     start = _start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G)
     starts.store(start)
-    start_token = _tokens_of(P, 64 + line, count, G, RUN)
+    start_token = _tokens_of(TOKENS, 64 + line, count, G)
     start = _start_values(LSE, DELTA, start_token, 64 + line, num_rows, is_lse, head0, num_heads, scale, G)
-    start_token = _tokens_of(P, 128 + line, count, G, RUN)
-    first_token = _tokens_of(P, 0, count, G, RUN)
+    start_token = _tokens_of(TOKENS, 128 + line, count, G)
+    first_token = _tokens_of(TOKENS, 0, count, G)
 
     scale2 = scale * LOG2E
     zero_s = gl.zeros([B, 64], gl.float32, S_LAYOUT)
     zero_dq = gl.zeros([64, COLS], gl.float32, DQ_LAYOUT)
     dk = gl.zeros([B, D], gl.float32, KV_LAYOUT)
     dv = gl.zeros([B, D], gl.float32, KV_LAYOUT)
-    if WITH_DQ:
-        p_dq = DQP + first * (G * D)
+    p_dq = DQP + first * (G * D)
     for i in range(gl.cdiv(num_rows, 64)):
         q_tile = q_tiles.index(i % 2)
         do_tile = do_tiles.index(i % 2)
@@ -177,39 +185,28 @@ def _gradient_sm90_kernel(
         fence_async_shared()
         s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), _spread(lse_starts, zero_s, S_LAYOUT), is_async=True)
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), _spread(delta_starts, zero_s, S_LAYOUT), is_async=True)
-        # Tokens ascend: only the first tiles of a list hide late keys, only the last ones those that a window left.
-        hides = first_token + shift < (block * B + B - 1) * STRIDE + SPAN - 1
-        if WINDOW is not None:
-            last_token = _tokens_of(P, i * 64 + 63, count, G, RUN)
-            hides |= last_token + shift - WINDOW >= block * B * STRIDE + SPAN - 1
-        first_token = _tokens_of(P, i * 64 + 64, count, G, RUN)
+        hides = first_token + shift < block * B + B - 1  # tokens ascend: only the first tiles of a list hide late keys
+        first_token = _tokens_of(TOKENS, i * 64 + 64, count, G)
         s = warpgroup_mma_wait(1, deps=(s,))
         s = s * scale2
         if hides:
             o_row = i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
-            position = _tokens_of(P, o_row, count, G, RUN) + shift
-            end = (block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))) * STRIDE + SPAN - 1
-            visible = end[:, None] <= position[None, :]
-            if WINDOW is not None:
-                visible &= end[:, None] > position[None, :] - WINDOW
-            s = gl.where(visible, s, -float("inf"))
+            position = _tokens_of(TOKENS, o_row, count, G) + shift
+            o_key = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
+            s = gl.where(o_key[:, None] <= position[None, :], s, -float("inf"))
         p = gl.exp2(s)
         dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND), do_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         ds = (p * (dp * scale)).to(TYPE)
-        if WITH_DQ:
-            ds_tile.store(ds)
+        ds_tile.store(ds)
         dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_tile, dk, is_async=True)
-        if WITH_DQ:
-            fence_async_shared()
-            ds_rows = ds_tile.permute((1, 0))
-            dq = warpgroup_mma(ds_rows, k_tile.slice(0, COLS, 1), zero_dq, use_acc=False, is_async=True)
-            dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
-            if COLS < D:
-                dq_right = warpgroup_mma(ds_rows, k_tile.slice(COLS, COLS, 1), zero_dq, use_acc=False, is_async=True)
-            stage.store(dq.to(TYPE))
-        else:
-            dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        fence_async_shared()
+        ds_rows = ds_tile.permute((1, 0))
+        dq = warpgroup_mma(ds_rows, k_tile.slice(0, COLS, 1), zero_dq, use_acc=False, is_async=True)
+        dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
+        if COLS < D:
+            dq_right = warpgroup_mma(ds_rows, k_tile.slice(COLS, COLS, 1), zero_dq, use_acc=False, is_async=True)
+        stage.store(dq.to(TYPE))
         # A warp only knows that its own products have read the tile: wait for the others before it is overwritten.
         barrier()
         starts.store(start)
@@ -217,16 +214,15 @@ def _gradient_sm90_kernel(
         _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, G, Q_PACKED, COPY)
         line_next = (i + 2) * 64 + line
         start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
-        token = _tokens_of(P, row_next + 64, count, G, RUN)
-        start_token = _tokens_of(P, line_next + 64, count, G, RUN)
-        if WITH_DQ:
-            left = num_rows - i * 64
-            _store_rows(p_dq, stage, left, COLS, STORE)
-            if COLS < D:
-                dq_right = warpgroup_mma_wait(0, deps=(dq_right,))
-                stage.store(dq_right.to(TYPE))
-                _store_rows(p_dq + COLS, stage, left, COLS, STORE)
-            p_dq += 64 * D
+        token = _tokens_of(TOKENS, row_next + 64, count, G)
+        start_token = _tokens_of(TOKENS, line_next + 64, count, G)
+        left = num_rows - i * 64
+        _store_rows(p_dq, stage, left, COLS, STORE)
+        if COLS < D:
+            dq_right = warpgroup_mma_wait(0, deps=(dq_right,))
+            stage.store(dq_right.to(TYPE))
+            _store_rows(p_dq + COLS, stage, left, COLS, STORE)
+        p_dq += 64 * D
     async_copy.wait_group(0)
 
     i_h, i_s, block, slot = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 5)
@@ -240,12 +236,10 @@ def _gradient_sm90_kernel(
         start_k = gl.load(CU_KEYS + i_s)
         len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
         m_b = (block * B + o_b < len_keys)[:, None]
-        o_out = (((start_k + block * B + o_b).to(gl.int64) * out_heads + i_h) * D)[:, None] + o_c
-        if ADD:
-            dk += gl.load(DK + o_out, mask=m_b, other=0.0)
-            dv += gl.load(DV + o_out, mask=m_b, other=0.0)
-        gl.store(DK + o_out, dk.to(DK.dtype.element_ty), mask=m_b)
-        gl.store(DV + o_out, dv.to(DV.dtype.element_ty), mask=m_b)
+        o_key = (start_k + block * B + o_b).to(gl.int64)
+        o_out, o_rest = ((o_key * out_heads + i_h) * D)[:, None] + o_c, (o_key * (2 * D))[:, None] + o_c
+        store_sum(DK + o_out, REST, o_rest, dk, m_b, ADD)
+        store_sum(DV + o_out, REST, o_rest + D, dv, m_b, ADD)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -256,15 +250,15 @@ def aligned(x: Tensor) -> Tensor:
 
 def gradient(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: BlockLists, plan: Plan,
-    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, slices: Tensor, add: bool,
+    keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, rest: Tensor | None,
+    slices: Tensor, add: bool,
 ) -> None:
-    """`_gradient.gradient` on Hopper: rows of q, k, v and do start at multiples of 16 bytes, `parts` is 1."""
+    """`_gradient.gradient` on Hopper for selected blocks, with dQ partials, `parts` 1. Rows of q, k, v and do start at
+    multiples of 16 bytes."""
     D, B, num_heads = q.shape[2], keys.size, lse.stride(0)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_sm90_kernel[(lists.items.shape[0],)](
         q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu, dq_partials, out_k, out_v,
-        slices, *strides, out_k.stride(0) // D, num_heads, scale,
-        G=q.shape[1] // k.shape[1], B=B, STRIDE=keys.stride, SPAN=keys.span,
-        WINDOW=None if keys.window >= UNLIMITED else keys.window, Q_PACKED=q.stride()[:2] == (num_heads * D, D),
-        WITH_DQ=dq_partials is not None, ADD=add, num_warps=B // 16,
+        rest, slices, *strides, out_k.stride(0) // D, num_heads, scale,
+        G=q.shape[1] // k.shape[1], B=B, Q_PACKED=q.stride()[:2] == (num_heads * D, D), ADD=add, num_warps=B // 16,
     )  # fmt: skip

@@ -23,16 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import Gradient, backward_bytes, selected_dkv
-from nsattn.kernels._lists import BlockLists, Chunk, Size, chunks, invert, lists_bytes
-from nsattn.kernels._tile import (
-    load_rows,
-    lse_dtype,
-    next_power_of_2,
-    row_delta,
-    softmax_finish,
-    store_rows,
-)
+from nsattn.kernels._gradient import Gradient, Pair, backward_bytes, selected_dkv
+from nsattn.kernels._lists import BlockLists, Chunk, Cut, Size, chunks, invert, lists_bytes
+from nsattn.kernels._tile import cdiv, load_rows, lse_dtype, next_power_of_2, row_delta, softmax_finish, store_rows
 from nsattn.plan import Plan
 
 
@@ -43,9 +36,10 @@ class Schedule(NamedTuple):
     rows_per_item: int  # long enough to pay for loading K and V, short enough to balance
     rows_per_range: int  # the queries of a token range stay in the L2 cache while all blocks pass by
 
-    def cut(self, G: int) -> dict[str, int]:
-        """Options of `invert`."""
-        return {"pairs_per_item": -(-self.rows_per_item // G), "span": max(1, self.rows_per_range // G)}
+    def options(self, G: int) -> tuple[Cut, int]:
+        """`cut` and `span` of the lists."""
+        pairs = -(-self.rows_per_item // G)
+        return Cut(pairs, pairs), max(1, self.rows_per_range // G)
 
 
 @triton.jit(do_not_specialize=["row0", "num_rows", "heads", "num_heads"])
@@ -90,9 +84,9 @@ def merge(partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse
     N, Dv = inverse.shape[-1], o.shape[-1]
     BDV = next_power_of_2(Dv)
     num_rows, BR = chunk.rows * chunk.heads * chunk.group, merge_rows(BDV)
-    _merge_kernel[(triton.cdiv(num_rows, BR),)](
+    _merge_kernel[(cdiv(num_rows, BR),)](
         partials, partial_lse, inverse, o, lse, chunk.row0, num_rows, chunk.heads, lse.stride(0),
-        DVAL=Dv, BDV=BDV, G=chunk.group, N=N, BN=triton.next_power_of_2(N), UNROLL=min(N, 16), BR=BR, num_warps=1,
+        DVAL=Dv, BDV=BDV, G=chunk.group, N=N, BN=next_power_of_2(N, 1), UNROLL=min(N, 16), BR=BR, num_warps=1,
     )  # fmt: skip
 
 
@@ -101,7 +95,8 @@ def forward_size(q: Tensor, v: Tensor, N: int, plan: Plan, schedule: Schedule) -
     row = v.shape[-1] * q.element_size() + lse_dtype(q).itemsize
 
     def size(rows: int, heads: int, group: int) -> int:
-        return rows * heads * N * group * row + lists_bytes(plan, rows, heads, N, **schedule.cut(group))
+        lists, making = lists_bytes(plan, rows, heads, N, *schedule.options(group))
+        return lists + max(making, rows * heads * N * group * row)
 
     return size
 
@@ -130,7 +125,8 @@ def forward(
     for chunk in chunks(plan, Hkv, G, forward_size(q, v, N, plan, schedule), workspace):
         if chunk.part0 == 0:  # the query heads of a group share the lists
             lists = None
-            lists = invert(block_idx, plan, chunk, **schedule.cut(chunk.group))
+            cut, span = schedule.options(chunk.group)
+            lists = invert(block_idx, plan, chunk, cut=cut, span=span)
         rows = chunk.rows * chunk.heads * N * chunk.group
         partials = torch.empty(rows, Dv, dtype=q.dtype, device=q.device)
         partial_lse = torch.empty(rows, dtype=kind, device=q.device)
@@ -145,15 +141,19 @@ def forward(
 def _sum_dq_kernel(
     DQP, INVERSE, DQ, row0, num_rows, heads, num_heads,
     D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, SUBS: tl.constexpr, UNROLL: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, ADD: tl.constexpr,
 ):
-    """dQ of BR rows (token, head): the sum of their partials, slot by slot, in float32."""
+    """dQ of BR rows (token, head): the sum of their partials, slot by slot, in float32. ADD: and what DQ holds."""
     ACC: tl.constexpr = tl.float64 if DQP.dtype.element_ty == tl.float64 else tl.float32
     i_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_row = i_row < num_rows
     token, head = i_row // (heads * G), i_row % (heads * G)
     o_d = tl.arange(0, BD)
+    p_dq = DQ + (((row0 + token) * num_heads + head) * D)[:, None] + o_d[None, :]
+    m_dq = m_row[:, None] & (o_d < D)[None, :]
     acc = tl.zeros([BR, BD], ACC)
+    if ADD:
+        acc += tl.load(p_dq, mask=m_dq, other=0.0).to(ACC)
     p_inv = INVERSE + (token * heads + head // G) * N
     for i in range(0, N, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -162,32 +162,33 @@ def _sum_dq_kernel(
             for i_sub in range(SUBS):
                 p = DQP + (((place * G + head % G) * SUBS + i_sub) * D)[:, None] + o_d[None, :]
                 acc += tl.load(p, mask=m, other=0.0).to(ACC)
-    out = (row0 + token) * num_heads + head
-    tl.store(DQ + (out * D)[:, None] + o_d[None, :], acc.to(DQ.dtype.element_ty),
-             mask=m_row[:, None] & (o_d < D)[None, :])
+    tl.store(p_dq, acc.to(DQ.dtype.element_ty), mask=m_dq)
 
 
 def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_idx: Tensor,
-    plan: Plan, *, scale: float, workspace: int, kernel: Gradient,
+    plan: Plan, *, scale: float, workspace: int, kernel: Gradient, delta: Tensor | None, dq: Tensor | None,
+    dkv: Pair | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of the selected branch."""
+    """dq, dk and dv of the selected branch. See `attend_selected_kvmajor.attend_selected_bwd`."""
     (T, Hq, D), N = q.shape, block_idx.shape[-1]
     G = Hq // k.shape[1]
-    dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
+    add = dq is not None
+    dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device) if dq is None else dq
     BD = next_power_of_2(D)
     BR = max(1, 1024 // BD)  # 1024 accumulators, and N gathers of a row in flight
 
     def sum_dq(chunk: Chunk, lists: BlockLists, partials: Tensor) -> None:
         num_rows = chunk.rows * chunk.heads * chunk.group
-        _sum_dq_kernel[(triton.cdiv(num_rows, BR),)](
+        _sum_dq_kernel[(cdiv(num_rows, BR),)](
             partials, lists.inverse, chunk.of_queries(dq, G), chunk.row0, num_rows, chunk.heads, Hq,
             D=D, BD=BD, G=chunk.group, N=N, SUBS=kernel.parts, UNROLL=min(N, 16) if kernel.parts == 1 else 1, BR=BR,
-            num_warps=2,
+            ADD=add, num_warps=2,
         )  # fmt: skip
 
-    delta = row_delta(o, do, dlse)
+    delta = row_delta(o, do, dlse) if delta is None else delta
     dk, dv = selected_dkv(
-        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel, take_dq=sum_dq
+        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel, take_dq=sum_dq,
+        into=dkv,
     )
     return dq, dk, dv

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import bounds, last_at_most
+from nsattn.kernels._tile import bounds, cdiv, last_at_most, next_power_of_2
 from nsattn.plan import TILE, Plan
 
 SLACK = 64 << 20  # what lists and tables may take beyond the workspace, which counts for the partials
@@ -34,7 +34,7 @@ TILE_ROWS = tl.constexpr(TILE)
 class BlockLists(NamedTuple):
     """Inverse of a selection, for the rows and KV heads of a `Chunk`."""
 
-    # int32 [pairs] query row of each pair, sorted by (KV head, token range, block, token). None: a pair is its row.
+    # int32 [pairs] query row of each pair, list by list, ascending in each. None: a pair is its row.
     tokens: Tensor | None
     inverse: Tensor | None  # int32 [rows, heads, N] place of each pair in `tokens`, -1 where the entry is ignored
     items: Tensor  # int32 [items, 6] KV head, sequence, block in the sequence, first pair, number of pairs, slice or -1
@@ -42,6 +42,28 @@ class BlockLists(NamedTuple):
     # from slices[0, 0]
     slices: Tensor
     num_slices: int  # upper bound
+    by_block: bool  # lists are ordered by (block, KV head), else by (KV head, token range, block)
+
+
+class Cut(NamedTuple):
+    """Where lists are cut into items. It looks at nothing but a sequence itself, so that sums of items, which are
+    rounded in their order, do not depend on the batch."""
+
+    pairs: int  # most pairs of an item
+    # The same in a sequence of at most `short` queries. Its lists are few, and the longest item is the last to end.
+    short_pairs: int
+    short: int = 16384
+
+    def pieces(self, plan: Plan, rows: int, heads: int, N: int, each: int = 1) -> int:
+        """Upper bound of the sum over lists of each * pairs / most pairs of an item, rounded down."""
+        pairs, short = rows * heads * N, min(rows, plan.num_seqs * self.short) * heads * N
+        return each * (short * self.pairs + (pairs - short) * self.short_pairs) // (self.pairs * self.short_pairs)
+
+    def slices(self, plan: Plan, rows: int, heads: int, N: int) -> int:
+        """Upper bound of the items of lists that are cut. One of p > 1 items has more than (p - 1) times the most pairs
+        of an item, so p is at most twice its pairs over those."""
+        longest = _columns(plan, rows, None)[0] * TILE
+        return 0 if longest <= min(self.pairs, self.short_pairs) else self.pieces(plan, rows, heads, N, each=2)
 
 
 class Chunk(NamedTuple):
@@ -75,13 +97,14 @@ class Chunk(NamedTuple):
         return x[:, self.head0 : self.head1]
 
 
-def lists_bytes(plan: Plan, rows: int, heads: int, N: int, pairs_per_item: int, span: int | None = None) -> int:
-    """Memory of `invert` for so many query rows and KV heads, all tables counted."""
+def lists_bytes(plan: Plan, rows: int, heads: int, N: int, cut: Cut, span: int | None = None) -> tuple[int, int]:
+    """Memory of the lists of so many query rows and KV heads, and what `invert` takes besides to make them."""
     columns, ranges = _columns(plan, rows, span)
     lists, pairs = heads * ranges * plan.total_blk, rows * heads * N
     words = heads * plan.total_blk * columns
-    # int32: token and place of each pair; place and (int64) mask of each word; three counts and their sums; items
-    return 4 * (2 * pairs + 3 * words + 2 * 3 * (lists + 1) + 6 * (lists + pairs // pairs_per_item))
+    # int32: token and place of each pair, items, running sums; place and (int64) mask of each word, counts
+    lists_of = 2 * pairs + 6 * (lists + cut.pieces(plan, rows, heads, N)) + 3 * (lists + 1)
+    return 4 * lists_of, 4 * (3 * words + 3 * (lists + 1))
 
 
 Size = Callable[[int, int, int], int]  # scratch in bytes for so many query rows, KV heads and query heads per KV head
@@ -105,8 +128,8 @@ def chunks(plan: Plan, num_kv_heads: int, group: int, size: Size, workspace: int
         while rows > TILE and size(rows, 1, group) > budget:
             rows = -(-total // (pieces * TILE)) * TILE  # equal pieces of whole tiles
             pieces += 1
-    part = -(-group // -(-group // part))  # as many pieces of the group, but equal ones
-    heads = max(1, heads)
+    part = -(-group // -(-group // part))  # as many pieces, but equal ones
+    heads = -(-num_kv_heads // -(-num_kv_heads // max(1, heads)))
     for head0 in range(0, num_kv_heads, heads):
         for row0 in range(0, total, rows):
             for part0 in range(0, group, part):
@@ -177,10 +200,27 @@ def _mask_kernel(
     tl.atomic_or(MASKS + word, bit.to(tl.int64, bitcast=True), mask=block >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_blk", "columns", "span", "ranges", "num_lists", "pairs_per_item"])
+@triton.jit
+def _list_of(i_h, i_range, blk, heads, ranges, num_blk, BY_BLOCK: tl.constexpr):
+    """Number of a list. Where a range is all tokens, those of all heads for one block are neighbours."""
+    if BY_BLOCK:
+        return blk * heads + i_h
+    else:
+        return (i_h * ranges + i_range) * num_blk + blk
+
+
+@triton.jit
+def most_pairs(CU_Q, i_s, pairs, short_pairs, short):
+    """Most pairs of an item in the sequences i_s, see `Cut`."""
+    return tl.where(tl.load(CU_Q + i_s + 1) - tl.load(CU_Q + i_s) <= short, short_pairs, pairs)
+
+
+@triton.jit(do_not_specialize=[
+    "num_blk", "columns", "span", "heads", "ranges", "num_lists", "num_seqs", "pairs", "short_pairs", "short",
+])
 def _count_kernel(
-    MASKS, PLACES, COUNTS, num_blk, columns, span, ranges, num_lists, pairs_per_item,
-    BL: tl.constexpr, BC: tl.constexpr,
+    MASKS, PLACES, COUNTS, CU_Q, CU_BLK, num_blk, columns, span, heads, ranges, num_lists, num_seqs,
+    pairs, short_pairs, short, BY_BLOCK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):
     """Pass 2, for BL blocks and one token range of one KV head: place of each word in its list, length of the lists,
     and into how many items they are cut (the same again where that is more than one: slices)."""
@@ -197,8 +237,10 @@ def _count_kernel(
         count = bit_counts(members)
         tl.store(PLACES + word, total[:, None] + tl.cumsum(count, 1) - count, mask=m)
         total += tl.sum(count, 1)
-    i_list = (i_h * ranges + i_range) * num_blk + blk
-    pieces = (total + pairs_per_item - 1) // pairs_per_item
+    i_list = _list_of(i_h, i_range, blk, heads, ranges, num_blk, BY_BLOCK)
+    seq = tl.minimum(last_at_most(CU_BLK, num_seqs + 1, blk), num_seqs - 1)
+    most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
+    pieces = (total + most - 1) // most
     p = COUNTS + 1 + i_list
     tl.store(p, total, mask=m_blk)
     tl.store(p + num_lists + 1, pieces, mask=m_blk)
@@ -214,7 +256,7 @@ def _count_kernel(
 def _place_kernel(
     IDX, MASKS, PLACES, STARTS, TOKENS, INVERSE, Q_TILES, CU_Q, CU_K, CU_BLK,
     tile0, row0, row1, head0, heads, num_kv_heads, num_blk, columns, span, ranges,
-    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BT: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BY_BLOCK: tl.constexpr, BT: tl.constexpr,
 ):
     """Pass 3, for BT tokens of a tile, one KV head: the place of each pair, and the token at that place."""
     SUBS: tl.constexpr = TILE_ROWS // BT
@@ -244,16 +286,19 @@ def _place_kernel(
     # [BT, BN]
     members = tl.load(MASKS + word, mask=used, other=0).to(tl.uint64, bitcast=True)
     lower = (tl.full([BT], 1, tl.uint64) << o_t.to(tl.uint64)) - 1
-    i_list = (i_h * ranges + column // span) * num_blk + blk
+    i_list = _list_of(i_h, column // span, blk, heads, ranges, num_blk, BY_BLOCK)
     place = tl.load(STARTS + i_list, mask=used, other=0) + tl.load(PLACES + word, mask=used, other=0)
     place += bit_counts(members & lower[:, None])
     tl.store(TOKENS + place, tl.broadcast_to(row.to(tl.int32)[:, None], [BT, BN]), mask=used)
     tl.store(INVERSE + (((row - row0) * heads + i_h) * N)[:, None] + o_n[None, :], place, mask=used)
 
 
-@triton.jit(do_not_specialize=["num_lists", "num_items", "pairs_per_item", "num_blk", "ranges", "num_seqs"])
+@triton.jit(do_not_specialize=[
+    "num_lists", "num_items", "num_blk", "heads", "ranges", "num_seqs", "pairs", "short_pairs", "short",
+])
 def _items_kernel(
-    STARTS, CU_BLK, ITEMS, num_lists, num_items, pairs_per_item, num_blk, ranges, num_seqs, BI: tl.constexpr,
+    STARTS, CU_Q, CU_BLK, ITEMS, num_lists, num_items, num_blk, heads, ranges, num_seqs, pairs, short_pairs, short,
+    BY_BLOCK: tl.constexpr, BI: tl.constexpr,
 ):
     """Pass 4: the six numbers of BI items, see `BlockLists.items`; unused items get no pairs."""
     FIRST = STARTS + num_lists + 1  # the running sums of items and of slices begin where those before them end
@@ -266,13 +311,17 @@ def _items_kernel(
     first_item = tl.load(FIRST + i_list) - item0
     items_here = tl.load(FIRST + i_list + 1) - item0 - first_item
     piece = i - first_item
-    first = tl.load(STARTS + i_list) + piece * pairs_per_item
-    count = tl.minimum(tl.load(STARTS + i_list + 1) - first, pairs_per_item)
-    block = i_list % num_blk
+    if BY_BLOCK:
+        block, head = i_list // heads, i_list % heads
+    else:
+        block, head = i_list % num_blk, i_list // (num_blk * ranges)
     seq = tl.minimum(last_at_most(CU_BLK, num_seqs + 1, block), num_seqs - 1)
+    most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
+    first = tl.load(STARTS + i_list) + piece * most
+    count = tl.minimum(tl.load(STARTS + i_list + 1) - first, most)
     slot = tl.where(items_here > 1, tl.load(SLICES + i_list) - tl.load(SLICES) + piece, -1)
     p = ITEMS + i * 6
-    tl.store(p, i_list // (num_blk * ranges), mask=m)
+    tl.store(p, head, mask=m)
     tl.store(p + 1, seq, mask=m)
     tl.store(p + 2, block - tl.load(CU_BLK + seq), mask=m)
     tl.store(p + 3, first, mask=m)
@@ -280,17 +329,16 @@ def _items_kernel(
     tl.store(p + 5, slot, mask=m)
 
 
-def invert(
-    block_idx: Tensor, plan: Plan, chunk: Chunk, *, pairs_per_item: int, span: int | None = None
-) -> BlockLists:
+def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int | None = None) -> BlockLists:
     """Invert a selection. Entries that are negative, repeat, lie in the future or outside the sequence are dropped.
 
     Args:
         block_idx: int32 `[total_q, Hkv, N]`.
         chunk: rows and KV heads to take.
-        pairs_per_item: longest piece of a list that one program gets.
+        cut: the longest piece of a list that one program gets.
         span: cut every list by ranges of so many tokens of its sequence, and walk all blocks of a range before the
-            next: the queries of a range then stay in the L2 cache. Default: no cut.
+            next, KV head by KV head: the queries of a range then stay in the L2 cache. Default: no ranges, and block by
+            block, because the first blocks of a sequence have the longest lists and should start first.
     """
     N, B, device = block_idx.shape[-1], plan.config.slc_block, block_idx.device
     row0, row1, head0, heads, num_blk = chunk.row0, chunk.row1, chunk.head0, chunk.heads, plan.total_blk
@@ -300,7 +348,8 @@ def invert(
     tile0 = row0 // TILE
     num_tiles = min(plan.q_tiles.shape[0], (row1 - 1) // TILE + plan.num_seqs + 1) - tile0
     tables = (plan.q_tiles, plan.cu_q, plan.cu_k, plan.cu_blk)
-    sizes = {"N": N, "BN": triton.next_power_of_2(N), "B": B}
+    sizes = {"N": N, "BN": next_power_of_2(N, 1), "B": B}
+    by_block = span is None
 
     masks = torch.zeros(heads, num_blk, columns, dtype=torch.int64, device=device)
     BT = 16
@@ -311,9 +360,9 @@ def invert(
     places = torch.empty(heads, num_blk, columns, dtype=torch.int32, device=device)
     counts = torch.empty(3 * (num_lists + 1), dtype=torch.int32, device=device)
     BL, BC = 16, 32
-    _count_kernel[(triton.cdiv(num_blk, BL), ranges, heads)](
-        masks, places, counts, num_blk, columns, span_columns, ranges, num_lists, pairs_per_item,
-        BL=BL, BC=BC, num_warps=2,
+    _count_kernel[(cdiv(num_blk, BL), ranges, heads)](
+        masks, places, counts, plan.cu_q, plan.cu_blk, num_blk, columns, span_columns, heads, ranges, num_lists,
+        plan.num_seqs, *cut, BY_BLOCK=by_block, BL=BL, BC=BC, num_warps=2,
     )  # fmt: skip
     starts = counts.cumsum(0, dtype=torch.int32)  # three running sums, each begun where the one before ends
     num_pairs = chunk.rows * heads * N
@@ -321,16 +370,17 @@ def invert(
     inverse = torch.full((chunk.rows, heads, N), -1, dtype=torch.int32, device=device)
     _place_kernel[(num_tiles * (TILE // BT), heads)](
         block_idx, masks, places, starts, tokens, inverse, *tables, tile0, row0, row1, head0, heads,
-        block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BT=BT, num_warps=2,
+        block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BY_BLOCK=by_block, BT=BT, num_warps=2,
     )  # fmt: skip
-    items = torch.empty(num_lists + num_pairs // pairs_per_item, 6, dtype=torch.int32, device=device)
+    num_items = num_lists + cut.pieces(plan, chunk.rows, heads, N)
+    items = torch.empty(num_items, 6, dtype=torch.int32, device=device)
     BI = 128
-    _items_kernel[(triton.cdiv(items.shape[0], BI),)](
-        starts, plan.cu_blk, items, num_lists, items.shape[0], pairs_per_item, num_blk, ranges, plan.num_seqs, BI=BI,
+    _items_kernel[(cdiv(num_items, BI),)](
+        starts, plan.cu_q, plan.cu_blk, items, num_lists, num_items, num_blk, heads, ranges, plan.num_seqs, *cut,
+        BY_BLOCK=by_block, BI=BI,
     )  # fmt: skip
-    # A list cut into p > 1 items holds more than (p - 1) * pairs_per_item pairs, so p <= 2 * pairs / pairs_per_item.
-    num_slices = 2 * num_pairs // pairs_per_item
-    return BlockLists(tokens, inverse, items, starts[2 * (num_lists + 1) :].unfold(0, 2, 1), num_slices)
+    slices = starts[2 * (num_lists + 1) :].unfold(0, 2, 1)
+    return BlockLists(tokens, inverse, items, slices, cut.slices(plan, chunk.rows, heads, N), by_block)
 
 
 @triton.jit

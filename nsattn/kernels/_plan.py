@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nsattn.config import NSAConfig
-from nsattn.kernels._tile import last_at_most
-from nsattn.plan import TILE
+from nsattn.kernels._tile import cdiv, last_at_most
+from nsattn.plan import STARTS, TILE
+
+NUM_STARTS = tl.constexpr(STARTS)
 
 
 @triton.jit
@@ -28,12 +30,12 @@ def _starts_kernel(
     CU_Q, CU_K, CU_CMP, TABLES, num_seqs, width,
     TILE: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """All eight tables of starts, by one program: BS sequences a step."""
+    """All tables of starts, by one program: BS sequences a step."""
     o_s = tl.arange(0, BS)
     start_cmp = 0 if CU_CMP is None else tl.load(CU_CMP)
     first = tl.where(o_s == 0, tl.load(CU_Q), tl.where(o_s == 1, tl.load(CU_K), tl.where(o_s == 2, start_cmp, 0)))
-    tl.store(TABLES + o_s * width, first, mask=o_s < 8)
-    blk, pairs, q_tiles, cmp_tiles, k_tiles, cmp = 0, 0, 0, 0, 0, start_cmp
+    tl.store(TABLES + o_s * width, first, mask=o_s < NUM_STARTS)
+    blk, q_pairs, q_tiles, cmp_tiles, k_tiles, cmp_pairs, k_pairs, cmp = 0, 0, 0, 0, 0, 0, 0, start_cmp
     for s0 in range(0, num_seqs, BS):
         m = s0 + o_s < num_seqs
         end_q = tl.load(CU_Q + s0 + o_s + 1, mask=m, other=0)
@@ -49,10 +51,12 @@ def _starts_kernel(
         tl.store(TABLES + width + 1 + s0 + o_s, end_k, mask=m)
         cmp = _add_up(TABLES, 2, s0 + o_s, m, len_cmp, cmp, width)
         blk = _add_up(TABLES, 3, s0 + o_s, m, (len_k + B - 1) // B, blk, width)
-        pairs = _add_up(TABLES, 4, s0 + o_s, m, (len_q + 2 * TILE - 1) // (2 * TILE), pairs, width)
+        q_pairs = _add_up(TABLES, 4, s0 + o_s, m, (len_q + 2 * TILE - 1) // (2 * TILE), q_pairs, width)
         q_tiles = _add_up(TABLES, 5, s0 + o_s, m, (len_q + TILE - 1) // TILE, q_tiles, width)
         cmp_tiles = _add_up(TABLES, 6, s0 + o_s, m, (len_cmp + TILE - 1) // TILE, cmp_tiles, width)
         k_tiles = _add_up(TABLES, 7, s0 + o_s, m, (len_k + TILE - 1) // TILE, k_tiles, width)
+        cmp_pairs = _add_up(TABLES, 8, s0 + o_s, m, (len_cmp + 2 * TILE - 1) // (2 * TILE), cmp_pairs, width)
+        k_pairs = _add_up(TABLES, 9, s0 + o_s, m, (len_k + 2 * TILE - 1) // (2 * TILE), k_pairs, width)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "width", "size", "num_units"])
@@ -66,7 +70,7 @@ def _entries_kernel(
         STARTS = TABLES + (4 + i_table) * width
         seq = last_at_most(STARTS, num_seqs + 1, o_e)
         first = (o_e - tl.load(STARTS + seq)) * tl.where(i_table == 0, 2 * TILE, TILE)
-        p = TABLES + 8 * width + 2 * (i_table * size + o_e)
+        p = TABLES + NUM_STARTS * width + 2 * (i_table * size + o_e)
         tl.store(p, tl.where(seq < num_seqs, seq, -1), mask=o_e < size)
         tl.store(p + 1, first, mask=o_e < size)
     else:
@@ -82,7 +86,7 @@ def _entries_kernel(
         unit = o_e - (start // STRIDE + low)
         begin = tl.load(TABLES + 2 * width + low)
         used = (unit >= 0) & (unit * STRIDE < tl.load(TABLES + width + low + 1) - start)
-        p = TABLES + 8 * width + 8 * size + o_e
+        p = TABLES + NUM_STARTS * width + 8 * size + o_e
         m = o_e < num_units
         tl.store(p, tl.where(used, start + unit * STRIDE, 0), mask=m)
         tl.store(p + num_units, tl.where(used, begin + unit, 0), mask=m)
@@ -96,14 +100,14 @@ def tables(
     """`plan.make_tables` on a GPU."""
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     n, d = len(cu_q) - 1, config.cmp_stride
-    out = torch.empty(8 * width + 8 * size + 4 * num_units, dtype=torch.int32, device=cu_q.device)
+    out = torch.empty(STARTS * width + 8 * size + 4 * num_units, dtype=torch.int32, device=cu_q.device)
     BS = 1024 if n > 16 else 16
     _starts_kernel[(1,)](
         cu_q, cu_k, cu_cmp, out, n, width, TILE=TILE, L=config.cmp_block, STRIDE=d, B=config.slc_block, BS=BS,
         num_warps=4 if n > 16 else 1,
     )  # fmt: skip
     BE = 256
-    _entries_kernel[(triton.cdiv(max(size, num_units), BE), 5)](
+    _entries_kernel[(cdiv(max(size, num_units), BE), 5)](
         out, n, width, size, num_units, TILE=TILE, STRIDE=d, BE=BE, num_warps=4
     )
     return out

@@ -1,7 +1,8 @@
-"""dK and dV of the dense branches, Eq 8 and section 3.3.3, by the gradient kernel of the selected branch.
+"""dK and dV of the dense branches, Eq 8 and section 3.3.3, chunk by chunk: which program does what.
 
 Keys are cut into blocks, and every block has the list of the queries that see it, as in the selected branch. Here a
-list is a run of neighbouring query rows, so nothing is inverted and nothing stored but its items.
+list is a run of neighbouring query rows, so nothing is inverted and nothing stored but its items. The kernel is
+`_dense_keys_sm90`; in tests also the plain one of `_gradient`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import Gradient, KeyBlocks, key_sums, slice_bytes, walk_keys
-from nsattn.kernels._lists import BlockLists, Chunk
-from nsattn.kernels._tile import bounds, last_at_most
+from nsattn.kernels._gradient import UNLIMITED, Gradient, KeyBlocks, key_rest, slice_bytes, walk_keys
+from nsattn.kernels._lists import BlockLists, Chunk, Cut, most_pairs
+from nsattn.kernels._tile import bounds, cdiv, last_at_most
 from nsattn.plan import Plan
 
 
@@ -42,10 +43,13 @@ def _run(
 
 
 @triton.jit(
-    do_not_specialize=["row0", "row1", "num_seqs", "window", "num_blk", "num_lists", "pieces", "rows_per_item"]
+    do_not_specialize=[
+        "row0", "row1", "num_seqs", "window", "num_blk", "num_lists", "pieces", "pairs", "short_pairs", "short",
+    ]
 )
 def _run_items_kernel(
-    ITEMS, SLICES, CU_Q, CU_K, CU_KEYS, CU_BLK, row0, row1, num_seqs, window, num_blk, num_lists, pieces, rows_per_item,
+    ITEMS, SLICES, CU_Q, CU_K, CU_KEYS, CU_BLK, row0, row1, num_seqs, window, num_blk, num_lists, pieces,
+    pairs, short_pairs, short,
     B: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, BI: tl.constexpr,
 ):
     """BI items: every list has room for `pieces` of them, and item i fills slice i if its list has several."""
@@ -55,39 +59,40 @@ def _run_items_kernel(
     seq, block, lo, total = _run(
         CU_Q, CU_K, CU_KEYS, CU_BLK, i_list % num_blk, row0, row1, num_seqs, window, B, STRIDE, SPAN
     )
-    first = piece * rows_per_item
-    several = total > rows_per_item
+    most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
+    first = piece * most
+    several = total > most
     p = ITEMS + i * 6
     tl.store(p, i_list // num_blk, mask=m)
     tl.store(p + 1, seq, mask=m)
     tl.store(p + 2, block, mask=m)
     tl.store(p + 3, lo + first, mask=m)
-    tl.store(p + 4, tl.minimum(tl.maximum(total - first, 0), rows_per_item), mask=m)
+    tl.store(p + 4, tl.minimum(tl.maximum(total - first, 0), most), mask=m)
     tl.store(p + 5, tl.where(several, i, -1), mask=m)
-    used = tl.where(several, (total + rows_per_item - 1) // rows_per_item, 0)
+    used = tl.where(several, (total + most - 1) // most, 0)
     tl.store(SLICES + 2 * i_list, i, mask=m & (piece == 0))
     tl.store(SLICES + 2 * i_list + 1, i + used, mask=m & (piece == 0))
 
 
-def most_pieces(plan: Plan, keys: KeyBlocks, rows: int, rows_per_item: int) -> int:
+def most_pieces(plan: Plan, keys: KeyBlocks, rows: int, cut: Cut) -> int:
     """Items of the longest list, for so many query rows: those that see some key of a block."""
-    longest = (keys.size - 1) * keys.stride + keys.window
-    return max(1, -(-min(rows, plan.max_q, longest) // rows_per_item))
+    longest = min(rows, plan.max_q, (keys.size - 1) * keys.stride + keys.window)
+    return max(1, -(-longest // cut.pairs), -(-min(longest, cut.short) // cut.short_pairs))
 
 
-def runs(plan: Plan, keys: KeyBlocks, chunk: Chunk, *, rows_per_item: int) -> BlockLists:
+def runs(plan: Plan, keys: KeyBlocks, chunk: Chunk, *, cut: Cut) -> BlockLists:
     """The block lists of a chunk; an item's first pair is its first query row."""
     device, num_lists = keys.cu.device, chunk.heads * keys.total_blk
-    pieces = most_pieces(plan, keys, chunk.rows, rows_per_item)
+    pieces = most_pieces(plan, keys, chunk.rows, cut)
     items = torch.empty(num_lists * pieces, 6, dtype=torch.int32, device=device)
     slices = torch.empty(num_lists, 2, dtype=torch.int32, device=device)
     BI = 128
-    _run_items_kernel[(triton.cdiv(len(items), BI),)](
+    _run_items_kernel[(cdiv(len(items), BI),)](
         items, slices, plan.cu_q, plan.cu_k, keys.cu, keys.cu_blk, chunk.row0, chunk.row1, plan.num_seqs, keys.window,
-        keys.total_blk, num_lists, pieces, rows_per_item,
+        keys.total_blk, num_lists, pieces, *cut,
         B=keys.size, STRIDE=keys.stride, SPAN=keys.span, BI=BI, num_warps=4,
     )  # fmt: skip
-    return BlockLists(None, None, items, slices, len(items) if pieces > 1 else 0)
+    return BlockLists(None, None, items, slices, len(items) if pieces > 1 else 0, by_block=False)
 
 
 def key_gradients(
@@ -96,14 +101,18 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of attention to `keys`. See `walk_keys`."""
 
+    def cut_of(group: int) -> Cut:
+        cut = kernel.cut(group)  # in a window all lists are alike, and short
+        return cut if keys.window >= UNLIMITED else cut._replace(short_pairs=cut.pairs)
+
     def size(rows: int, heads: int, group: int) -> int:
-        pieces = most_pieces(plan, keys, rows, kernel.pairs_per_item(group))
+        pieces = most_pieces(plan, keys, rows, cut_of(group))
         lists = heads * keys.total_blk
         slices = lists * pieces * slice_bytes(q, v, keys.size) if pieces > 1 else 0
-        return slices + 4 * lists * (6 * pieces + 2) + key_sums(q, k, v, plan, rows, group, workspace)
+        return slices + 4 * lists * (6 * pieces + 2) + key_rest(q, k, v, plan, rows, group, workspace)
 
     def lists_of(chunk: Chunk) -> BlockLists:
-        return runs(plan, keys, chunk, rows_per_item=kernel.pairs_per_item(chunk.group))
+        return runs(plan, keys, chunk, cut=cut_of(chunk.group))
 
     return walk_keys(
         do, q, k, v, lse, delta, lists_of, size, plan, keys, scale=scale, workspace=workspace, kernel=kernel

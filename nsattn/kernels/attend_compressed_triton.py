@@ -20,7 +20,8 @@ def attend_compressed(
 
 def attend_compressed_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, o: Tensor, lse: Tensor,
-    plan: Plan, *, scale: float, workspace: int,
+    plan: Plan, *, scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
-    return _dense.backward(do, dlse, q, k_cmp, v_cmp, o, lse, plan, _dense.compressed_keys(plan), scale=scale)
+    """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp. See `attend_window_triton`."""
+    keys = _dense.compressed_keys(plan)
+    return _dense.backward(do, dlse, q, k_cmp, v_cmp, o, lse, plan, keys, scale=scale, delta=delta, dq=dq)

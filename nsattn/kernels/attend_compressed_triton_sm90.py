@@ -21,9 +21,10 @@ def attend_compressed(
 
 def attend_compressed_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, o: Tensor, lse: Tensor,
-    plan: Plan, *, scale: float, workspace: int,
+    plan: Plan, *, scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_compressed` with respect to q, k_cmp, v_cmp."""
+    """Gradients of `attend_compressed`. See `attend_compressed_triton`."""
     return _dense_backward_sm90.backward(
         do, dlse, q, k_cmp, v_cmp, o, lse, plan, _dense.compressed_keys(plan), scale=scale, workspace=workspace,
+        delta=delta, dq=dq,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsattn.kernels import _kvmajor
-from nsattn.kernels._gradient import plain_gradient
+from nsattn.kernels._gradient import Pair, plain_gradient
 from nsattn.kernels._kvmajor import Schedule
 from nsattn.kernels._lists import BlockLists, load_item
 from nsattn.kernels._tile import LOG2E, bounds, dot, load_rows, next_power_of_2
@@ -91,13 +91,20 @@ def attend_selected(
 
 def attend_selected_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_idx: Tensor,
-    plan: Plan, *, scale: float, workspace: int,
+    plan: Plan, *, scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
+    dkv: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_selected` with respect to q, k, v."""
+    """Gradients of `attend_selected` with respect to q, k, v.
+
+    Args:
+        delta: the `row_delta` of o and do, where it is known; dlse then does not count.
+        dq, dkv: gradients of q, and of k and v, so far, contiguous: these are added in place, and they are returned.
+    """
     kernel = plain_gradient(q, v, plan.config.slc_block)
     return _kvmajor.backward(
-        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel
-    )
+        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel,
+        delta=delta, dq=dq, dkv=dkv,
+    )  # fmt: skip
 
 
 def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, workspace: int, backward: bool) -> int:

@@ -13,6 +13,8 @@ accumulators to memory without passing through shared memory.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels import _kvmajor
-from nsattn.kernels._gradient import Gradient
+from nsattn.kernels._gradient import Gradient, Pair, selected_cut
 from nsattn.kernels._gradient_sm90 import aligned, gradient
 from nsattn.kernels._kvmajor import Schedule
 from nsattn.kernels._lists import BlockLists
@@ -212,7 +214,7 @@ SCHEDULES = {
     64: Schedule(partial, rows_per_item=1024, rows_per_range=32768),
     128: Schedule(partial, rows_per_item=2048, rows_per_range=131072),
 }
-GRADIENT = Gradient(gradient, parts=1, fewest_pairs=2048)
+GRADIENT = Gradient(gradient, parts=1, cut=functools.partial(selected_cut, fewest=2048))
 
 
 def attend_selected(
@@ -226,13 +228,15 @@ def attend_selected(
 
 def attend_selected_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_idx: Tensor,
-    plan: Plan, *, scale: float, workspace: int,
+    plan: Plan, *, scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
+    dkv: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_selected` with respect to q, k, v."""
+    """Gradients of `attend_selected` with respect to q, k, v. See `attend_selected_kvmajor`."""
     do, q, k, v = map(aligned, (do, q, k, v))
     return _kvmajor.backward(
-        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=GRADIENT
-    )
+        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=GRADIENT,
+        delta=delta, dq=dq, dkv=dkv,
+    )  # fmt: skip
 
 
 def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, workspace: int, backward: bool) -> int:

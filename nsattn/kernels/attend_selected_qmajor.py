@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._gradient import backward_bytes, plain_gradient, selected_dkv
+from nsattn.kernels._gradient import Pair, backward_bytes, plain_gradient, selected_dkv
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,
@@ -167,18 +167,20 @@ def _attend_selected_dq_kernel(
 
 def attend_selected_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    block_idx: Tensor, plan: Plan, *, scale: float, workspace: int,
+    block_idx: Tensor, plan: Plan, *, scale: float, workspace: int, delta: Tensor | None = None,
+    dq: Tensor | None = None, dkv: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_selected` with respect to q, k, v."""
+    """Gradients of `attend_selected` with respect to q, k, v. See `attend_selected_kvmajor`."""
+    total_dq = dq
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    delta = row_delta(o, do, dlse)
+    delta = row_delta(o, do, dlse) if delta is None else delta
     if q.shape[0]:
         _launch(_attend_selected_dq_kernel, q, k, v, (block_idx, do, lse, delta, dq), plan, scale)
     kernel = plain_gradient(q, v, plan.config.slc_block)
     dk, dv = selected_dkv(
-        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel
+        do, q, k, v, lse, delta, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel, into=dkv
     )
-    return dq, dk, dv
+    return dq if total_dq is None else total_dq.add_(dq), dk, dv
 
 
 def _launch(

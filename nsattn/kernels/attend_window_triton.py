@@ -20,7 +20,12 @@ def attend_window(
 
 def attend_window_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, *,
-    scale: float, workspace: int,
+    scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_window` with respect to q, k, v."""
-    return _dense.backward(do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale)
+    """Gradients of `attend_window` with respect to q, k, v.
+
+    Args:
+        delta: the `row_delta` of o and do, where it is known; dlse then does not count.
+        dq: gradient of q so far, to which this one is added in place, and which is returned.
+    """
+    return _dense.backward(do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale, delta=delta, dq=dq)

@@ -22,9 +22,10 @@ def attend_window(
 
 def attend_window_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, *,
-    scale: float, workspace: int,
+    scale: float, workspace: int, delta: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_window` with respect to q, k, v."""
+    """Gradients of `attend_window`. See `attend_window_triton`."""
     return _dense_backward_sm90.backward(
         do, dlse, q, k, v, o, lse, plan, _dense.window_keys(plan), scale=scale, workspace=workspace,
+        delta=delta, dq=dq,
     )  # fmt: skip

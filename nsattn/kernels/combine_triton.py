@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import load_rows, next_power_of_2, store_rows
+from nsattn.kernels._tile import cdiv, load_rows, next_power_of_2, store_rows
 
 VALUES = 4096  # of each tensor in one program: 32 per thread, enough loads in flight to fill the memory
 
@@ -48,19 +48,22 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
 
 @triton.jit
 def _branch_bwd(
-    OB, DOB, GATES, DGATES, b_do, o_r, m_r, BRANCH: tl.constexpr, DVAL: tl.constexpr, BDV: tl.constexpr
+    OB, DOB, GATES, DGATES, DELTA, b_do, o_r, m_r, BRANCH: tl.constexpr, DVAL: tl.constexpr, BDV: tl.constexpr
 ):
-    """One branch b of BR rows: do_b = g_b * do and dg_b = do . o_b."""
+    """One branch b of BR rows: do_b = g_b * do, dg_b = do . o_b and, where asked for, delta_b = do_b . o_b."""
     o_v = tl.arange(0, BDV)
     b_o = load_rows(OB, o_r, o_v, DVAL, m_r, DVAL).to(b_do.dtype)
     b_g = tl.load(GATES + o_r * 3 + BRANCH, mask=m_r, other=0.0).to(b_do.dtype)
-    store_rows(DOB, b_g[:, None] * b_do, o_r, o_v, DVAL, m_r, DVAL)
+    b_dob = (b_g[:, None] * b_do).to(DOB.dtype.element_ty)
+    store_rows(DOB, b_dob, o_r, o_v, DVAL, m_r, DVAL)
     tl.store(DGATES + o_r * 3 + BRANCH, tl.sum(b_o * b_do, 1).to(DGATES.dtype.element_ty), mask=m_r)
+    if DELTA is not None:  # of the rounded do_b, since that is what meets the values
+        tl.store(DELTA + o_r, tl.sum(b_o * b_dob.to(b_do.dtype), 1), mask=m_r)
 
 
 @triton.jit
 def _combine_bwd_kernel(
-    DO, O_CMP, O_SLC, O_WIN, GATES, DO_CMP, DO_SLC, DO_WIN, DGATES, num_rows,
+    DO, O_CMP, O_SLC, O_WIN, GATES, DO_CMP, DO_SLC, DO_WIN, DGATES, DELTA_CMP, DELTA_SLC, DELTA_WIN, num_rows,
     DVAL: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
 ):
     """Gradients of BR rows (token, head) with respect to the three outputs and gates (Eq 5)."""
@@ -68,19 +71,23 @@ def _combine_bwd_kernel(
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_r = o_r < num_rows
     b_do = load_rows(DO, o_r, tl.arange(0, BDV), DVAL, m_r, DVAL).to(ACC)
-    _branch_bwd(O_CMP, DO_CMP, GATES, DGATES, b_do, o_r, m_r, 0, DVAL, BDV)
-    _branch_bwd(O_SLC, DO_SLC, GATES, DGATES, b_do, o_r, m_r, 1, DVAL, BDV)
-    _branch_bwd(O_WIN, DO_WIN, GATES, DGATES, b_do, o_r, m_r, 2, DVAL, BDV)
+    _branch_bwd(O_CMP, DO_CMP, GATES, DGATES, DELTA_CMP, b_do, o_r, m_r, 0, DVAL, BDV)
+    _branch_bwd(O_SLC, DO_SLC, GATES, DGATES, DELTA_SLC, b_do, o_r, m_r, 1, DVAL, BDV)
+    _branch_bwd(O_WIN, DO_WIN, GATES, DGATES, DELTA_WIN, b_do, o_r, m_r, 2, DVAL, BDV)
 
 
 def combine_bwd(
-    do: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor
+    do: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, deltas: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `combine` with respect to o_cmp, o_slc, o_win, gates."""
+    """Gradients of `combine` with respect to o_cmp, o_slc, o_win, gates.
+
+    With `deltas`, `[3, T, Hq]`, it also fills in the `row_delta` of the three branches.
+    """
     grads = tuple(torch.empty_like(x) for x in (o_cmp, o_slc, o_win, gates))
     grid, rows, shape = _launch(do)
     if rows:
-        _combine_bwd_kernel[grid](do, o_cmp, o_slc, o_win, gates, *grads, rows, **shape, num_warps=4)
+        deltas = (None,) * 3 if deltas is None else deltas
+        _combine_bwd_kernel[grid](do, o_cmp, o_slc, o_win, gates, *grads, *deltas, rows, **shape, num_warps=4)
     return grads
 
 
@@ -89,4 +96,4 @@ def _launch(o: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     T, Hq, Dv = o.shape
     BDV = next_power_of_2(Dv)
     BR = VALUES // BDV
-    return (triton.cdiv(T * Hq, BR),), T * Hq, {"DVAL": Dv, "BDV": BDV, "BR": BR}
+    return (cdiv(T * Hq, BR),), T * Hq, {"DVAL": Dv, "BDV": BDV, "BR": BR}

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import LOG2E, dot, load_rows, lse_dtype, next_power_of_2, shared_memory, store_rows
+from nsattn.kernels._tile import LOG2E, cdiv, dot, load_rows, lse_dtype, next_power_of_2, shared_memory, store_rows
 from nsattn.plan import Plan
 
 POOL_TILE = 2048  # elements of a pooling tile: the gated backward holds four, 16 registers of a thread each
@@ -214,7 +214,7 @@ def _product(
     heads, l, d_in, d_out = w.shape
     y = x.new_zeros(rows, heads, d_out, dtype=dtype)
     knobs = _product_knobs(x, 128, d_out, d_in)
-    grid = (triton.cdiv(units.shape[1], knobs["BM"]), triton.cdiv(d_out, knobs["BN"]), heads)
+    grid = (cdiv(units.shape[1], knobs["BM"]), cdiv(d_out, knobs["BN"]), heads)
     _product_fwd[grid](
         x, w.to(x.dtype), b, y, units, units.shape[1], x.stride(0), x.stride(1),
         HKV=heads, L=l, D=d_in, DOUT=d_out, **knobs,
@@ -231,7 +231,7 @@ def _product_bwd(
     acc = lse_dtype(x)
     dx = x.new_zeros(x.shape, dtype=dtype)
     knobs = _product_knobs(x, 128, d_in, d_out)
-    grid = (triton.cdiv(num_units, knobs["BM"]), stride * triton.cdiv(d_in, knobs["BN"]), heads)
+    grid = (cdiv(num_units, knobs["BM"]), stride * cdiv(d_in, knobs["BN"]), heads)
     _product_dx[grid](
         dy, w.to(x.dtype), dx, units, num_units, HKV=heads, L=l, STRIDE=stride, D=d_in, DOUT=d_out, **knobs
     )
@@ -240,12 +240,12 @@ def _product_bwd(
     # The units load ahead of the rows they point at: the compiler shares the stages out between the two.
     if shared_memory(x.device) > 64 * 1024:
         knobs["num_stages"] = 2 * knobs["num_stages"] - 1
-    tiles = l * triton.cdiv(d_in, knobs["BM"]) * triton.cdiv(d_out, knobs["BN"])
-    steps = triton.cdiv(num_units, knobs["BK"])
+    tiles = l * cdiv(d_in, knobs["BM"]) * cdiv(d_out, knobs["BN"])
+    steps = cdiv(num_units, knobs["BK"])
     splits = max(1, min(DW_PROGRAMS // (tiles * heads), steps // DW_STEPS))
     dw = x.new_empty((splits, *w.shape), dtype=acc)
     _product_dw[(tiles, heads * splits)](
-        dy, x, dw, units, num_units, x.stride(0), x.stride(1), triton.cdiv(steps, splits),
+        dy, x, dw, units, num_units, x.stride(0), x.stride(1), cdiv(steps, splits),
         HKV=heads, L=l, D=d_in, DOUT=d_out, **knobs,
     )  # fmt: skip
     return dx, dw.sum(dim=0) if splits > 1 else dw[0]
@@ -362,7 +362,7 @@ def _pool(
     y = x.new_zeros(plan.total_cmp, heads, d, dtype=dtype)
     lse2 = x.new_empty(plan.total_cmp, heads, dtype=lse_dtype(x))
     knobs = _pool_knobs(d)
-    _pool_fwd_kernel[(triton.cdiv(units.shape[1], knobs["BM"]), heads)](
+    _pool_fwd_kernel[(cdiv(units.shape[1], knobs["BM"]), heads)](
         x, *(params or (x, x)), y, lse2, units, units.shape[1], x.stride(0), x.stride(1),
         HKV=heads, L=plan.config.cmp_block, D=d, GATED=bool(params), **knobs,
     )  # fmt: skip
@@ -377,7 +377,7 @@ def _pool_bwd(
     l, acc = plan.config.cmp_block, lse_dtype(x)
     dx = x.new_zeros(x.shape)
     knobs = _pool_knobs(d)
-    tiles = triton.cdiv(units.shape[1], knobs["BM"])
+    tiles = cdiv(units.shape[1], knobs["BM"])
     gate, scratch = (x, x), (x, x, dx, x, x)
     if params:
         # Not rounded to x.dtype: ds is a small difference of two products, which the rounding of y would drown.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nsattn.config import NSAConfig
 from nsattn.kernels._select import keep_best
-from nsattn.kernels._tile import LOG2E, dot, load_rows, lse_dtype, next_power_of_2, softmax_finish, softmax_step
+from nsattn.kernels._tile import LOG2E, cdiv, dot, load_rows, lse_dtype, next_power_of_2, softmax_finish, softmax_step
 from nsattn.plan import num_compressed
 
 CMP_PART = 256  # compressed rows: at 64K tokens 16 parts, 1024 programs for 8 sequences of 8 KV heads
@@ -263,8 +263,8 @@ def nsa_decode(
     if rows == 0:
         return o, lse_cmp, lse_slc, lse_win, block_idx
     capacity = k.shape[1] if block_table is None else block_table.shape[1] * B
-    cmp_parts = max(1, triton.cdiv(num_compressed(capacity, config), CMP_PART))
-    num_parts = cmp_parts + N + triton.cdiv(min(config.window, max(capacity, 1)), WIN_PART)
+    cmp_parts = max(1, cdiv(num_compressed(capacity, config), CMP_PART))
+    num_parts = cmp_parts + N + cdiv(min(config.window, max(capacity, 1)), WIN_PART)
     score_row = cmp_parts * CMP_PART
     chunk = max(1, workspace // (Hq * (num_parts * (Dv + 1) + score_row) * kind.itemsize))
     chunk = min(rows, chunk)
@@ -278,7 +278,7 @@ def nsa_decode(
              "BG": next_power_of_2(Hq // Hkv)}
     blocks = {"S": S, "B": B}
     compression = {"L": config.cmp_block, "STRIDE": config.cmp_stride}
-    BC = next_power_of_2(triton.cdiv(capacity, B), 64)
+    BC = next_power_of_2(cdiv(capacity, B), 64)
     table_row = 0 if block_table is None else block_table.stride(0)
     for first in range(0, rows, chunk):
         num = min(chunk, rows - first)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._tile import load_rows, next_power_of_2, store_rows
+from nsattn.kernels._tile import cdiv, load_rows, next_power_of_2, store_rows
 
 TOKENS = 16  # of one program: with a half of 64 columns, a thread reads 16 bytes at once
 HEADS = 4  # of one program: few, so that one decoding step does not wait for one program
@@ -45,7 +45,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Te
     T, H, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        grid = (triton.cdiv(T, TOKENS), triton.cdiv(H, HEADS))
+        grid = (cdiv(T, TOKENS), cdiv(H, HEADS))
         sizes = {"HALF": D // 2, "BHALF": next_power_of_2(D // 2), "BT": TOKENS, "HEADS": HEADS}
         _rotate_kernel[grid](
             x, cos, sin, y, T, H, x.stride(0), x.stride(1), y.stride(0), cos.stride(0), sin.stride(0), **sizes,
