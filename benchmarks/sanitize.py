@@ -5,6 +5,9 @@
 Each case is a small batch, forward and backward, in a process of its own: first without the tool, which compiles its
 kernels, then once under each. A case that takes longer than `--limit` seconds is reported as such. Exit status 1 if the
 tool found an error or a case did not finish, 2 without a GPU or without the tool (it comes with the CUDA toolkit).
+
+The last case is a control: a kernel that does nothing but hand two numbers to a second warpgroup. What racecheck says
+of it is said of how Triton hands work over, not of ours.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -54,10 +59,30 @@ CASES = (
     *(Case("select_blocks", impl) for impl in ("triton_sm90", "triton")),
     *(Case(operation, "triton") for operation in ("compress", "combine", "nsa_decode")),
 )  # fmt: skip
+CONTROL = Case("control", "warp_specialize")
+ALL = (*CASES, CONTROL)
+
+
+@gluon.jit
+def _fill(OUT, first, value):
+    """128 numbers from `first` on, by one warpgroup."""
+    o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(OUT + first + o, o * 0 + value)
+
+
+@gluon.jit
+def _control_kernel(OUT, value):
+    gl.warp_specialize([(_fill, (OUT, 0, value)), (_fill, (OUT, 128, value))], [4], [64])
 
 
 def run(case: Case) -> None:
     """The case itself, forward and backward."""
+    if case == CONTROL:
+        out = torch.zeros(256, dtype=torch.int32, device="cuda")
+        _control_kernel[(2048,)](out, 7, num_warps=4)
+        if not bool((out == 7).all()):
+            raise RuntimeError(f"the control kernel left {out.tolist()}")
+        return
     N = 3
     config = NSAConfig(slc_block=case.slc_block, num_selected=N, window=70)
     sizes = {"num_kv_heads": 2, "group": case.group, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
@@ -145,7 +170,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="markdown file to write")
     asked = parser.parse_args(argv)
     if asked.case is not None:
-        run(CASES[asked.case])
+        run(ALL[asked.case])
         return 0
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
         sys.stderr.write("needs an NVIDIA GPU and compute-sanitizer, which comes with the CUDA toolkit, on the PATH\n")
@@ -154,6 +179,8 @@ def main(argv: list[str]) -> int:
     here = dispatch.capability("cuda", None)
 
     def able(case: Case) -> bool:
+        if case == CONTROL:
+            return here is not None and here[0] == 9
         shape = dispatch.Shape("cuda", torch.bfloat16, capability=here)
         return not any(dispatch.unmet(dispatch.TABLE[case.operation][case.impl], shape))
 
@@ -164,12 +191,12 @@ def main(argv: list[str]) -> int:
         outcomes = {}
         for tool in TOOLS:
             outcomes[tool] = under(tool, index, asked.limit)
-            sys.stderr.write(f"{CASES[index]} {tool}: {outcomes[tool][0].splitlines()[-1]}\n")
+            sys.stderr.write(f"{ALL[index]} {tool}: {outcomes[tool][0].splitlines()[-1]}\n")
         return outcomes
 
-    indices = [i for i, case in enumerate(CASES) if able(case)]
+    indices = [i for i, case in enumerate(ALL) if able(case)]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        rows = [(CASES[i], found) for i, found in zip(indices, pool.map(examine, indices), strict=True)]
+        rows = [(ALL[i], found) for i, found in zip(indices, pool.map(examine, indices), strict=True)]
     text = report(rows, version.splitlines()[-1] if version else "unknown")
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)

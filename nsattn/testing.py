@@ -17,6 +17,7 @@ from nsattn.config import NSAConfig
 from nsattn.plan import Plan, make_plan, positions, rows_of
 
 RMS_LIMIT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+FEW_ROWS = 16  # see `compare`
 SCORE_BAND = 2.0**-7  # how far below the block it replaced a chosen block may score, relative
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 _CHUNK = 1 << 26  # elements of random numbers drawn at a time
@@ -268,7 +269,9 @@ def compare(candidate: Tensor, golden: Tensor, low: Tensor, *, dtype: torch.dtyp
 
     Returns:
         A `Comparison`. NaN anywhere, another shape, or an infinity where golden has none (and the reverse) is wrong.
-        Golden values that are zero but for rounding have no relative error; then the largest error decides alone.
+        Golden values that are zero but for rounding have no relative error; then the largest error decides alone. Fewer
+        than `FEW_ROWS` rows with values other than zero are too few for a mean: one sum that cancels decides it. There
+        twice the RMS error of `low` is allowed too.
     """
     dtype = dtype or candidate.dtype
     rms_limit = RMS_LIMIT[dtype]
@@ -292,7 +295,9 @@ def compare(candidate: Tensor, golden: Tensor, low: Tensor, *, dtype: torch.dtyp
     limit = 2 * _largest(low_error) + floor
     max_err = _largest(error)
     size = float(golden.square().mean().sqrt())
-    rms = float(error.square().mean().sqrt()) / size if size > 1e-12 else 0.0
+    rms, low_rms = (float(x.square().mean().sqrt()) / size if size > 1e-12 else 0.0 for x in (error, low_error))
+    if int((golden.flatten(0, -2) if golden.dim() > 1 else golden[:, None]).any(-1).sum()) < FEW_ROWS:
+        rms_limit = max(rms_limit, 2 * low_rms)
     return Comparison(max_err, limit, rms, rms_limit, max_err <= limit < float("inf") and rms <= rms_limit)
 
 

@@ -37,6 +37,9 @@ from nsattn.testing import (
 WORKSPACE = 1 << 30
 
 
+WORKER_BYTES = 7 << 30  # GPU memory of a worker of `run`: the largest cell in float64
+
+
 @dataclass(frozen=True)
 class Case:
     """One batch to check an operation on."""
@@ -331,6 +334,8 @@ def run(*, quick: bool, echo: Callable[[str], None]) -> bool:
         return False
     todo = list(cells(device, quick=quick))
     workers = min(16, os.cpu_count() or 1, len(todo))
+    if device == "cuda":
+        workers = min(workers, max(1, torch.cuda.mem_get_info()[0] // WORKER_BYTES))
     failed, start = 0, time.time()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for cell, (results, error) in zip(todo, pool.map(_verify, todo), strict=True):
@@ -350,3 +355,6 @@ def _verify(cell: Cell) -> tuple[list[Result], str]:
         return check(cell.operation, cell.impl, cell.case, cell.dtype, cell.device), ""
     except Exception as error:  # noqa: BLE001, a kernel that crashes is a failed cell, not the end of the report
         return [], f"{type(error).__name__}: {str(error)[:300]}"
+    finally:
+        if cell.device == "cuda":
+            torch.cuda.empty_cache()  # other workers use the same GPU
