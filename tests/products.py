@@ -111,6 +111,27 @@ def hazards(code: list[Instruction]) -> list[str]:
     return [found[n] for n in sorted(found)]
 
 
+def serialised(code: list[Instruction]) -> list[str]:
+    """Products that wait for the one before although they only go on with its sum.
+
+    The assembler does that where it lacks registers, or meets a branch while a product is under way, and says so in a
+    warning that nobody sees. A sum over eight pieces then takes eight times the latency.
+    """
+    found, last, waited = [], None, False
+    for i in code:
+        if i.opcode.startswith("HGMMA"):
+            total = product(i)[1]
+            goes_on = len(i.operands.split(",")) > 3 and f"R{total.start}" in re.split(r",\s*", i.operands)[2:]
+            if last == total and waited and goes_on:
+                found.append(f"{i.address:#x} {i.opcode} {i.operands} waits for the product before")
+            last, waited = total, False
+        elif i.opcode.startswith("WARPGROUP.DEPBAR"):
+            waited = True
+        elif last and (i.opcode.startswith("BRA") or {*written(i), *read(i)} & set(last)):
+            last = None  # somebody uses the sum, or it is another step
+    return found
+
+
 def _committed(groups: Groups, newest: frozenset[int]) -> Groups:
     """The groups under way with one more. No wait can tell apart what is older than the newest seven, so that is one
     group: otherwise a loop without a wait would go on for ever with a longer list each time around."""

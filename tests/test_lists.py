@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nsattn import NSAConfig
-from nsattn.kernels._lists import SLACK, Chunk, Cut, chunks, invert, lists_bytes
-from nsattn.plan import make_plan
+from nsattn.kernels._lists import SLACK, Chunk, Cut, Popular, chunks, invert, lists_bytes
+from nsattn.plan import TILE, make_plan
 from nsattn.testing import hostile_selection, make_inputs, random_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,6 +84,60 @@ def check(plan, select):
                 assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row
 
 
+@pytest.mark.parametrize("popular", [Popular(64, 20), Popular(32, 3), Popular(8, 4), Popular(2, 1)], ids=str)
+@pytest.mark.parametrize("select", [random_selection, hostile_selection])
+@pytest.mark.parametrize("lengths", [(150, 0, 1, 70), (20,) * 5, ((5, 64, 65, 63), (100, 64, 70, 40))], ids=str)
+def test_popular_blocks_leave_the_lists(lengths, select, popular):
+    """What is popular is decided by whole tiles of a sequence, whatever the chunk; the rest is listed as ever."""
+    plan = plan_of(*lengths) if isinstance(lengths[0], tuple) else plan_of(lengths)
+    block_idx = select(plan, 2)
+    cu_q, N = plan.cu_q.tolist(), block_idx.shape[-1]
+    everything, _ = naive(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1))
+    for chunk in (Chunk(0, plan.total_q, 0, 2, 0, 1), Chunk(64, min(128, plan.total_q), 1, 2, 0, 1)):
+        lists, slots = naive(block_idx, plan, chunk)
+        want = {}  # (KV head, sequence, first token): {block: members}
+        for (head, s, block), rows in everything.items():
+            for row in rows:
+                first = (row - cu_q[s]) // popular.tokens * popular.tokens
+                if chunk.head0 <= head < chunk.head1:
+                    bits = want.setdefault((head - chunk.head0, s, first), {})
+                    bits[block] = bits.get(block, 0) | 1 << row - cu_q[s] - first
+        chosen = {key: {b: m for b, m in bits.items() if m.bit_count() >= popular.fewest} for key, bits in want.items()}
+
+        got = invert(block_idx, plan, chunk, cut=CUT, span=64, popular=popular)
+        table, subs, found = got.popular, TILE // popular.tokens, {}
+        assert table.blocks.shape[-1] == N * popular.tokens // popular.fewest
+        for i, counts in enumerate(table.counts.tolist()):
+            s, first = plan.q_tiles[table.tile0 + i // subs].tolist()
+            for head, count in enumerate(counts):
+                blocks = table.blocks[i, head, :count].tolist()
+                assert blocks == sorted(blocks)
+                members = [m % 2**64 for m in table.members[i, head, :count].tolist()]
+                if count:
+                    found[head, s, first + i % subs * popular.tokens] = dict(zip(blocks, members, strict=True))
+        meets = {}
+        for (head, s, first), bits in chosen.items():
+            tile = cu_q[s] + first // TILE * TILE
+            if bits and tile < chunk.row1 and tile + TILE > chunk.row0:
+                meets[head, s, first] = bits
+        assert found == meets
+
+        def left(head, s, block, row, chosen=chosen):
+            return block not in chosen.get((head, s, (row - cu_q[s]) // popular.tokens * popular.tokens), {})
+
+        listed = {}
+        for head, s, block, first, count, _ in got.items.tolist():
+            if count:
+                listed.setdefault((head, s, block), []).extend(got.tokens[first : first + count].tolist())
+        rest = {(h, s, b): [r for r in rows if left(h, s, b, r)] for (h, s, b), rows in lists.items()}
+        assert {key: sorted(rows) for key, rows in listed.items()} == {k: rows for k, rows in rest.items() if rows}
+        for (row, head, block), n in slots.items():
+            s = max(i for i in range(plan.num_seqs) if cu_q[i] <= row)
+            place = got.inverse[row - chunk.row0, head, n]
+            assert got.tokens[place] == row if left(head, s, block, row) else place == -1
+        assert int((got.inverse >= 0).sum()) == sum(map(len, rest.values()))
+
+
 def test_a_wrong_bound_on_the_lengths_writes_nothing_outside():
     """`max_seqlen` 64 for a sequence of 300: the tokens beyond the table are dropped, not written behind it."""
     cu = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
@@ -116,7 +170,8 @@ def test_chunks_cover_everything_within_the_budget(group):
     assert ((False, True, True) in cuts) == (group > 1)
 
 
-def test_lists_bytes_is_what_the_lists_take():
+@pytest.mark.parametrize("popular", [None, Popular(8, 5)], ids=str)
+def test_lists_bytes_is_what_the_lists_take(popular):
     """Storage of what `invert` returns, and of all else that it makes, on a batch where all terms count."""
     plan = plan_of((3000, 500))
     block_idx = random_selection(plan, 2)
@@ -130,11 +185,11 @@ def test_lists_bytes_is_what_the_lists_take():
             return result
 
     with Count():
-        lists = invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=CUT)
+        lists = invert(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=CUT, popular=popular)
     given = {x.untyped_storage()._cdata for x in (block_idx, *plan) if isinstance(x, torch.Tensor)}
     taken = {storage._cdata: storage.nbytes() for storage in made if storage._cdata not in given}
-    kept = {x.untyped_storage()._cdata for x in lists if isinstance(x, torch.Tensor)}
-    want_kept, want_making = lists_bytes(plan, plan.total_q, 2, 4, CUT)
+    kept = {x.untyped_storage()._cdata for x in (*lists, *(lists.popular or ())) if isinstance(x, torch.Tensor)}
+    want_kept, want_making = lists_bytes(plan, plan.total_q, 2, 4, CUT, popular=popular)
     assert sum(taken[i] for i in kept) == pytest.approx(want_kept, rel=0.1)
     assert sum(size for i, size in taken.items() if i not in kept) == pytest.approx(want_making, rel=0.1)
 

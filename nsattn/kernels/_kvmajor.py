@@ -5,7 +5,8 @@ Outer loop over KV blocks, inner loop over the query rows that chose the block, 
 Forward: a *partial* kernel, one program per item of a block's list, keeps K and V of the block on chip, gathers query
 rows and writes, in list order, the normalised partial output (input type) and its base-2 lse (float32) of every row.
 *merge*, one warp per few rows, weighs the N partials of a row by exp2(lse_i - lse) and adds them in float32. There is
-no statistics pass: partials carry their own lse, as in split-KV decoding.
+no statistics pass: partials carry their own lse, as in split-KV decoding. A schedule may take the blocks that many
+neighbouring tokens chose out of the lists, and read them query-major: one more partial for all of them together.
 
 Backward: `_gradient.selected_dkv` accumulates dK and dV of a block on chip and writes dQ partials in list order; *sum*
 adds the partials of a row. No float atomics: everything repeats bit for bit.
@@ -15,6 +16,7 @@ Work is cut by KV heads, then by token rows, so that partials fit the workspace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,9 +26,21 @@ import triton.language as tl
 from torch import Tensor
 
 from nsattn.kernels._gradient import Gradient, Pair, backward_bytes, selected_dkv
-from nsattn.kernels._lists import BlockLists, Chunk, Cut, Size, chunks, invert, lists_bytes
+from nsattn.kernels._lists import BlockLists, Chunk, Cut, Popular, Size, chunks, invert, lists_bytes
 from nsattn.kernels._tile import cdiv, load_rows, lse_dtype, next_power_of_2, row_delta, softmax_finish, store_rows
 from nsattn.plan import Plan
+
+
+class Dense(NamedTuple):
+    """A query-major kernel for popular blocks, and when it pays."""
+
+    attend: Callable[..., None]
+    tokens: Callable[[int], int]  # of a program, given the group
+    worth: float  # a block costs a program as much as so many rows of partials, both written and read
+
+    def popular(self, G: int) -> Popular:
+        tokens = self.tokens(G)
+        return Popular(tokens, min(tokens, math.ceil(self.worth / G)))
 
 
 class Schedule(NamedTuple):
@@ -35,20 +49,23 @@ class Schedule(NamedTuple):
     partial: Callable[..., None]
     rows_per_item: int  # long enough to pay for loading K and V, short enough to balance
     rows_per_range: int  # the queries of a token range stay in the L2 cache while all blocks pass by
+    dense: Dense | None = None
 
-    def options(self, G: int) -> tuple[Cut, int]:
-        """`cut` and `span` of the lists."""
-        pairs = -(-self.rows_per_item // G)
-        return Cut(pairs, pairs), max(1, self.rows_per_range // G)
+    def options(self, G: int, part: int) -> tuple[Cut, int, Popular | None]:
+        """`cut`, `span` and `popular` of the lists for a part of a group of G. What is popular decides how results are
+        rounded, so it does not depend on how a batch is cut."""
+        pairs = -(-self.rows_per_item // part)
+        return Cut(pairs, pairs), max(1, self.rows_per_range // part), self.dense and self.dense.popular(G)
 
 
 @triton.jit(do_not_specialize=["row0", "num_rows", "heads", "num_heads"])
 def _merge_kernel(
     OP, LSEP, INVERSE, O, LSE, row0, num_rows, heads, num_heads,
     DVAL: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, MORE: tl.constexpr,
 ):
-    """Output and lse of BR rows (token, head): their N partials weighed by exp2(lse_i - lse) (Eq 11, 12)."""
+    """Output and lse of BR rows (token, head): their N partials weighed by exp2(lse_i - lse) (Eq 11, 12).
+    MORE: O and LSE hold one more partial of each row, and its base-2 lse."""
     ACC: tl.constexpr = LSEP.dtype.element_ty
     i_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_row = i_row < num_rows
@@ -59,9 +76,17 @@ def _merge_kernel(
     places = tl.load(p_inv[:, None] + o_n[None, :], mask=m_row[:, None] & (o_n < N)[None, :], other=-1)
     lse2 = tl.load(LSEP + (places.to(tl.int64) * G + (head % G)[:, None]), mask=places >= 0, other=-float("inf"))
     m = tl.max(lse2, 1)
+    out = (row0 + token) * num_heads + head  # O and LSE begin at the first of the heads and have rows of num_heads
+    if MORE:
+        more = tl.load(LSE + out, mask=m_row, other=-float("inf"))
+        m = tl.maximum(m, more)
     m_ref = tl.where(m == -float("inf"), 0.0, m)
     l = tl.sum(tl.exp2(lse2 - m_ref[:, None]), 1)
     acc = tl.zeros([BR, BDV], ACC)
+    if MORE:
+        w = tl.exp2(more - m_ref)
+        l += w
+        acc += w[:, None] * load_rows(O, out, o_v, DVAL, more > -float("inf"), DVAL)
     for i in range(0, N, UNROLL):
         for j in tl.static_range(UNROLL):  # places and lse come from the L1 cache here: cheaper than shuffles
             place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)
@@ -69,7 +94,6 @@ def _merge_kernel(
             w = tl.exp2(tl.load(LSEP + partial, mask=place >= 0, other=-float("inf")) - m_ref)
             acc += w[:, None] * load_rows(OP, partial, o_v, DVAL, place >= 0, DVAL)
     b_o, lse = softmax_finish(m, l, acc)
-    out = (row0 + token) * num_heads + head  # O and LSE begin at the first of the heads and have rows of num_heads
     store_rows(O, b_o, out, o_v, DVAL, m_row, DVAL)
     tl.store(LSE + out, lse, mask=m_row)
 
@@ -79,23 +103,29 @@ def merge_rows(width: int) -> int:
     return max(1, 256 // width)
 
 
-def merge(partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse: Tensor, chunk: Chunk) -> None:
-    """Output and lse of the rows of a chunk from their partials; o and lse hold the chunk's heads."""
+def merge(
+    partials: Tensor, partial_lse: Tensor, inverse: Tensor, o: Tensor, lse: Tensor, chunk: Chunk, *, more: bool
+) -> None:
+    """Output and lse of the rows of a chunk from their partials; o and lse hold the chunk's heads.
+
+    more: and, before, one more partial of each row, with its lse in base 2.
+    """
     N, Dv = inverse.shape[-1], o.shape[-1]
     BDV = next_power_of_2(Dv)
     num_rows, BR = chunk.rows * chunk.heads * chunk.group, merge_rows(BDV)
     _merge_kernel[(cdiv(num_rows, BR),)](
         partials, partial_lse, inverse, o, lse, chunk.row0, num_rows, chunk.heads, lse.stride(0),
-        DVAL=Dv, BDV=BDV, G=chunk.group, N=N, BN=next_power_of_2(N, 1), UNROLL=min(N, 16), BR=BR, num_warps=1,
+        DVAL=Dv, BDV=BDV, G=chunk.group, N=N, BN=next_power_of_2(N, 1), UNROLL=min(N, 16), BR=BR, MORE=more,
+        num_warps=1,
     )  # fmt: skip
 
 
 def forward_size(q: Tensor, v: Tensor, N: int, plan: Plan, schedule: Schedule) -> Size:
     """Scratch of a chunk in the forward: lists, partial outputs and their lse."""
-    row = v.shape[-1] * q.element_size() + lse_dtype(q).itemsize
+    row, G = v.shape[-1] * q.element_size() + lse_dtype(q).itemsize, q.shape[1] // v.shape[1]
 
     def size(rows: int, heads: int, group: int) -> int:
-        lists, making = lists_bytes(plan, rows, heads, N, *schedule.options(group))
+        lists, making = lists_bytes(plan, rows, heads, N, *schedule.options(G, group))
         return lists + max(making, rows * heads * N * group * row)
 
     return size
@@ -121,18 +151,25 @@ def forward(
     (T, Hq, _), (Hkv, Dv), N = q.shape, v.shape[1:], block_idx.shape[-1]
     G, kind = Hq // Hkv, lse_dtype(q)
     o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
-    lse = torch.empty(T, Hq, dtype=kind, device=q.device)
+    # Rows that no popular block has anything for, those of no sequence too, bring nothing to merge.
+    lse = torch.full((T, Hq), -float("inf"), dtype=kind, device=q.device)
     for chunk in chunks(plan, Hkv, G, forward_size(q, v, N, plan, schedule), workspace):
         if chunk.part0 == 0:  # the query heads of a group share the lists
             lists = None
-            cut, span = schedule.options(chunk.group)
-            lists = invert(block_idx, plan, chunk, cut=cut, span=span)
+            cut, span, popular = schedule.options(G, chunk.group)
+            lists = invert(block_idx, plan, chunk, cut=cut, span=span, popular=popular)
+            if schedule.dense:  # takes no scratch, so all heads of a group at once
+                whole = chunk._replace(part1=G)
+                schedule.dense.attend(
+                    whole.of_queries(q, G), whole.of_keys(k), whole.of_keys(v), lists.popular, plan, whole, scale,
+                    whole.of_queries(o, G), whole.of_queries(lse, G),
+                )  # fmt: skip
         rows = chunk.rows * chunk.heads * N * chunk.group
         partials = torch.empty(rows, Dv, dtype=q.dtype, device=q.device)
         partial_lse = torch.empty(rows, dtype=kind, device=q.device)
         q_part, o_part, lse_part = (chunk.of_queries(x, G) for x in (q, o, lse))
         schedule.partial(q_part, chunk.of_keys(k), chunk.of_keys(v), lists, plan, scale, partials, partial_lse)
-        merge(partials, partial_lse, lists.inverse, o_part, lse_part, chunk)
+        merge(partials, partial_lse, lists.inverse, o_part, lse_part, chunk, more=schedule.dense is not None)
         del partials, partial_lse  # before the next chunk allocates its own
     return o, lse
 

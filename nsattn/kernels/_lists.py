@@ -5,13 +5,14 @@ ascending list of tokens that chose it. A *pair* is one (token, slot) entry; a *
 row r of a list is pair r // G, head r % G, and any group size G fills a tile. Lists are cut into *items*, one program
 each.
 
-Everything is built on the device, without a sort, in four passes over *membership masks*: for each (block, tile of 64
+Everything is built on the device, without a sort, in a few passes over *membership masks*: for each (block, tile of 64
 query tokens) a 64-bit word that tells which tokens of the tile chose the block.
 
 1. mask: each pair sets its bit. An integer `or`, so the order does not matter.
-2. count: running totals of the words' bit counts along the tiles give each word its place in its list.
-3. place: a pair's place is that of its word plus the number of lower bits in it.
-4. items: cut the lists.
+2. popular, where asked for: blocks that many neighbouring tokens chose leave the lists for a table of their own.
+3. count: running totals of the words' bit counts along the tiles give each word its place in its list.
+4. place: a pair's place is that of its word plus the number of lower bits in it.
+5. items: cut the lists.
 """
 
 from __future__ import annotations
@@ -31,18 +32,41 @@ SLACK = 64 << 20  # what lists and tables may take beyond the workspace, which c
 TILE_ROWS = tl.constexpr(TILE)
 
 
+class Popular(NamedTuple):
+    """What makes a block popular with `tokens` neighbouring query tokens, counted from the start of a sequence: that
+    at least `fewest` of them chose it. Like `Cut`, it looks at nothing but the sequence."""
+
+    tokens: int  # a power of two up to TILE
+    fewest: int
+
+    def most(self, N: int) -> int:
+        """Most blocks that are popular with the same tokens."""
+        return N * self.tokens // self.fewest
+
+
+class PopularBlocks(NamedTuple):
+    """Blocks that left the lists. A row is `tokens` neighbouring query tokens, TILE // tokens to a tile of the plan."""
+
+    counts: Tensor  # int32 [rows, heads] how many there are
+    blocks: Tensor  # int32 [rows, heads, most] in the sequence, ascending
+    members: Tensor  # int64 [rows, heads, most] bit i is set if the i-th of the tokens chose the block
+    tokens: int
+    tile0: int  # the tile of the first row
+
+
 class BlockLists(NamedTuple):
     """Inverse of a selection, for the rows and KV heads of a `Chunk`."""
 
     # int32 [pairs] query row of each pair, list by list, ascending in each. None: a pair is its row.
     tokens: Tensor | None
-    inverse: Tensor | None  # int32 [rows, heads, N] place of each pair in `tokens`, -1 where the entry is ignored
+    inverse: Tensor | None  # int32 [rows, heads, N] place of each pair in `tokens`, -1 where the entry is in no list
     items: Tensor  # int32 [items, 6] KV head, sequence, block in the sequence, first pair, number of pairs, slice or -1
     # int32 [lists, 2] first and end slice of each list that is cut into several items, else two equal numbers; counted
     # from slices[0, 0]
     slices: Tensor
     num_slices: int  # upper bound
     by_block: bool  # lists are ordered by (block, KV head), else by (KV head, token range, block)
+    popular: PopularBlocks | None = None
 
 
 class Cut(NamedTuple):
@@ -97,13 +121,18 @@ class Chunk(NamedTuple):
         return x[:, self.head0 : self.head1]
 
 
-def lists_bytes(plan: Plan, rows: int, heads: int, N: int, cut: Cut, span: int | None = None) -> tuple[int, int]:
+def lists_bytes(
+    plan: Plan, rows: int, heads: int, N: int, cut: Cut, span: int | None = None, popular: Popular | None = None
+) -> tuple[int, int]:
     """Memory of the lists of so many query rows and KV heads, and what `invert` takes besides to make them."""
     columns, ranges = _columns(plan, rows, span)
     lists, pairs = heads * ranges * plan.total_blk, rows * heads * N
     words = heads * plan.total_blk * columns
     # int32: token and place of each pair, items, running sums; place and (int64) mask of each word, counts
     lists_of = 2 * pairs + 6 * (lists + cut.pieces(plan, rows, heads, N)) + 3 * (lists + 1)
+    if popular:
+        tiles = min(plan.q_tiles.shape[0], rows // TILE + plan.num_seqs + 1)
+        lists_of += tiles * (TILE // popular.tokens) * heads * (3 * popular.most(N) + 1)
     return 4 * lists_of, 4 * (3 * words + 3 * (lists + 1))
 
 
@@ -182,9 +211,9 @@ def _load_blocks(IDX, row, m_t, position, o_n, num_kv_heads, i_h, N: tl.constexp
 @triton.jit(do_not_specialize=["tile0", "row0", "row1", "head0", "num_kv_heads", "num_blk", "columns"])
 def _mask_kernel(
     IDX, MASKS, Q_TILES, CU_Q, CU_K, CU_BLK, tile0, row0, row1, head0, num_kv_heads, num_blk, columns,
-    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BT: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    """Pass 1: set the bits of BT tokens of a tile, one KV head."""
+    """Pass 1: set the bits of BT tokens of a tile, one KV head. WHOLE: of tokens outside the chunk's rows too."""
     SUBS: tl.constexpr = TILE_ROWS // BT
     i_tile, i_sub, i_h = tile0 + tl.program_id(0) // SUBS, tl.program_id(0) % SUBS, tl.program_id(1)
     i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, i_tile, row0)
@@ -193,11 +222,58 @@ def _mask_kernel(
         return
     o_t = i_sub * BT + tl.arange(0, BT)
     o_n = tl.arange(0, BN)
-    m_t = (o_t < rows) & (row + o_t >= row0) & (row + o_t < row1)
+    m_t = o_t < rows
+    if not WHOLE:
+        m_t &= (row + o_t >= row0) & (row + o_t < row1)
     block = _load_blocks(IDX, row + o_t, m_t, position + o_t, o_n, num_kv_heads, head0 + i_h, N, B)
     bit = tl.full([BT, BN], 1, tl.uint64) << o_t.to(tl.uint64)[:, None]
     word = (i_h.to(tl.int64) * num_blk + tl.load(CU_BLK + i_s) + block) * columns + column
     tl.atomic_or(MASKS + word, bit.to(tl.int64, bitcast=True), mask=block >= 0, sem="relaxed")
+
+
+@triton.jit
+def _low_bits(n):
+    """A word with its n lowest bits set, 0 <= n <= 64."""
+    half = tl.full([], 1, tl.uint64) << (n // 2).to(tl.uint64)  # in two steps, since no shift by 64 is defined
+    return (half << (n - n // 2).to(tl.uint64)) - 1
+
+
+@triton.jit(do_not_specialize=["tile0", "row0", "row1", "num_blk", "columns", "heads"])
+def _popular_kernel(
+    MASKS, COUNTS, BLOCKS, MEMBERS, Q_TILES, CU_Q, CU_K, CU_BLK, tile0, row0, row1, num_blk, columns, heads,
+    B: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr, MOST: tl.constexpr, BB: tl.constexpr,
+):
+    """Pass 2, for a tile and one KV head: move the popular blocks of each TOKENS of its tokens from the masks to the
+    table, and drop the bits of tokens outside the chunk."""
+    SUBS: tl.constexpr = TILE_ROWS // TOKENS
+    i_tile, i_h = tl.program_id(0), tl.program_id(1)
+    i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, tile0 + i_tile, row0)
+    o_s, o_b = tl.arange(0, SUBS), tl.arange(0, BB)
+    table = (i_tile.to(tl.int64) * SUBS + o_s) * heads + i_h
+    count = tl.zeros([SUBS], tl.int32)
+    if (i_s >= 0) & (row < row1) & (row + TILE_ROWS > row0) & (column < columns):
+        # Tokens of the chunk: those before row1 that do not come before row0.
+        before, until = _low_bits(tl.maximum(row0 - row, 0)), _low_bits(tl.minimum(row1 - row, 64))
+        shift = (o_s * TOKENS).to(tl.uint64)[:, None]
+        end = (position + tl.minimum(rows, TILE_ROWS) - 1) // B + 1
+        first = i_h.to(tl.int64) * num_blk + tl.load(CU_BLK + i_s)
+        for b0 in range(0, end, BB):
+            block = b0 + o_b
+            p_word = MASKS + (first + block) * columns + column
+            word = tl.load(p_word, mask=block < end, other=0).to(tl.uint64, bitcast=True)
+            # [SUBS, BB]
+            members = (word[None, :] >> shift) & _low_bits(tl.full([], TOKENS, tl.int32))
+            popular = bit_counts(members) >= FEWEST
+            place = count[:, None] + tl.cumsum(popular.to(tl.int32), 1) - 1
+            p = table[:, None] * MOST + place
+            tl.store(BLOCKS + p, tl.broadcast_to(block[None, :], [SUBS, BB]), mask=popular)
+            tl.store(MEMBERS + p, members.to(tl.int64, bitcast=True), mask=popular)
+            count += tl.sum(popular.to(tl.int32), 1)
+            taken = tl.sum(tl.where(popular, members << shift, 0).to(tl.int64, bitcast=True), 0)
+            left = word & until
+            left ^= left & (before | taken.to(tl.uint64, bitcast=True))
+            tl.store(p_word, left.to(tl.int64, bitcast=True), mask=left != word)
+    tl.store(COUNTS + table, count)
 
 
 @triton.jit
@@ -222,7 +298,7 @@ def _count_kernel(
     MASKS, PLACES, COUNTS, CU_Q, CU_BLK, num_blk, columns, span, heads, ranges, num_lists, num_seqs,
     pairs, short_pairs, short, BY_BLOCK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):
-    """Pass 2, for BL blocks and one token range of one KV head: place of each word in its list, length of the lists,
+    """Pass 3, for BL blocks and one token range of one KV head: place of each word in its list, length of the lists,
     and into how many items they are cut (the same again where that is more than one: slices)."""
     i_range, i_h = tl.program_id(1), tl.program_id(2)
     blk = tl.program_id(0) * BL + tl.arange(0, BL)
@@ -257,8 +333,9 @@ def _place_kernel(
     IDX, MASKS, PLACES, STARTS, TOKENS, INVERSE, Q_TILES, CU_Q, CU_K, CU_BLK,
     tile0, row0, row1, head0, heads, num_kv_heads, num_blk, columns, span, ranges,
     N: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, BY_BLOCK: tl.constexpr, BT: tl.constexpr,
+    POPULAR: tl.constexpr,
 ):
-    """Pass 3, for BT tokens of a tile, one KV head: the place of each pair, and the token at that place."""
+    """Pass 4, for BT tokens of a tile, one KV head: the place of each pair, and the token at that place."""
     SUBS: tl.constexpr = TILE_ROWS // BT
     i_tile, i_sub, i_h = tile0 + tl.program_id(0) // SUBS, tl.program_id(0) % SUBS, tl.program_id(1)
     i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, i_tile, row0)
@@ -285,7 +362,10 @@ def _place_kernel(
     word = (i_h.to(tl.int64) * num_blk + blk) * columns + column
     # [BT, BN]
     members = tl.load(MASKS + word, mask=used, other=0).to(tl.uint64, bitcast=True)
-    lower = (tl.full([BT], 1, tl.uint64) << o_t.to(tl.uint64)) - 1
+    bit = tl.full([BT], 1, tl.uint64) << o_t.to(tl.uint64)
+    if POPULAR:
+        used &= (members & bit[:, None]) != 0  # else the block has left the lists
+    lower = bit - 1
     i_list = _list_of(i_h, column // span, blk, heads, ranges, num_blk, BY_BLOCK)
     place = tl.load(STARTS + i_list, mask=used, other=0) + tl.load(PLACES + word, mask=used, other=0)
     place += bit_counts(members & lower[:, None])
@@ -300,7 +380,7 @@ def _items_kernel(
     STARTS, CU_Q, CU_BLK, ITEMS, num_lists, num_items, num_blk, heads, ranges, num_seqs, pairs, short_pairs, short,
     BY_BLOCK: tl.constexpr, BI: tl.constexpr,
 ):
-    """Pass 4: the six numbers of BI items, see `BlockLists.items`; unused items get no pairs."""
+    """Pass 5: the six numbers of BI items, see `BlockLists.items`; unused items get no pairs."""
     FIRST = STARTS + num_lists + 1  # the running sums of items and of slices begin where those before them end
     SLICES = FIRST + num_lists + 1
     i = tl.program_id(0) * BI + tl.arange(0, BI)
@@ -329,7 +409,9 @@ def _items_kernel(
     tl.store(p + 5, slot, mask=m)
 
 
-def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int | None = None) -> BlockLists:
+def invert(
+    block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int | None = None, popular: Popular | None = None
+) -> BlockLists:
     """Invert a selection. Entries that are negative, repeat, lie in the future or outside the sequence are dropped.
 
     Args:
@@ -339,6 +421,7 @@ def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int |
         span: cut every list by ranges of so many tokens of its sequence, and walk all blocks of a range before the
             next, KV head by KV head: the queries of a range then stay in the L2 cache. Default: no ranges, and block by
             block, because the first blocks of a sequence have the longest lists and should start first.
+        popular: which blocks leave the lists for a table of their own. Default: none.
     """
     N, B, device = block_idx.shape[-1], plan.config.slc_block, block_idx.device
     row0, row1, head0, heads, num_blk = chunk.row0, chunk.row1, chunk.head0, chunk.heads, plan.total_blk
@@ -355,8 +438,21 @@ def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int |
     BT = 16
     _mask_kernel[(num_tiles * (TILE // BT), heads)](
         block_idx, masks, *tables, tile0, row0, row1, head0, block_idx.shape[1], num_blk, columns,
-        **sizes, BT=BT, num_warps=2,
+        **sizes, BT=BT, WHOLE=popular is not None, num_warps=2,
     )  # fmt: skip
+    table = None
+    if popular is not None:
+        subs, most = TILE // popular.tokens, popular.most(N)
+        table = PopularBlocks(
+            torch.empty(num_tiles * subs, heads, dtype=torch.int32, device=device),
+            torch.empty(num_tiles * subs, heads, most, dtype=torch.int32, device=device),
+            torch.empty(num_tiles * subs, heads, most, dtype=torch.int64, device=device),
+            popular.tokens, tile0,
+        )  # fmt: skip
+        _popular_kernel[(num_tiles, heads)](
+            masks, *table[:3], *tables, tile0, row0, row1, num_blk, columns, heads,
+            B=B, TOKENS=popular.tokens, FEWEST=popular.fewest, MOST=most, BB=max(32, 256 // subs), num_warps=2,
+        )  # fmt: skip
     places = torch.empty(heads, num_blk, columns, dtype=torch.int32, device=device)
     counts = torch.empty(3 * (num_lists + 1), dtype=torch.int32, device=device)
     BL, BC = 16, 32
@@ -370,7 +466,8 @@ def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int |
     inverse = torch.full((chunk.rows, heads, N), -1, dtype=torch.int32, device=device)
     _place_kernel[(num_tiles * (TILE // BT), heads)](
         block_idx, masks, places, starts, tokens, inverse, *tables, tile0, row0, row1, head0, heads,
-        block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BY_BLOCK=by_block, BT=BT, num_warps=2,
+        block_idx.shape[1], num_blk, columns, span_columns, ranges, **sizes, BY_BLOCK=by_block, BT=BT,
+        POPULAR=popular is not None, num_warps=2,
     )  # fmt: skip
     num_items = num_lists + cut.pieces(plan, chunk.rows, heads, N)
     items = torch.empty(num_items, 6, dtype=torch.int32, device=device)
@@ -380,7 +477,7 @@ def invert(block_idx: Tensor, plan: Plan, chunk: Chunk, *, cut: Cut, span: int |
         BY_BLOCK=by_block, BI=BI,
     )  # fmt: skip
     slices = starts[2 * (num_lists + 1) :].unfold(0, 2, 1)
-    return BlockLists(tokens, inverse, items, slices, cut.slices(plan, chunk.rows, heads, N), by_block)
+    return BlockLists(tokens, inverse, items, slices, cut.slices(plan, chunk.rows, heads, N), by_block, table)
 
 
 @triton.jit

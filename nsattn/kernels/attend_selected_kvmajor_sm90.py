@@ -28,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsattn.kernels import _kvmajor
 from nsattn.kernels._gradient import Gradient, Pair, selected_cut
 from nsattn.kernels._gradient_sm90 import aligned, gradient
-from nsattn.kernels._kvmajor import Schedule
+from nsattn.kernels._kvmajor import Dense, Schedule
 from nsattn.kernels._lists import BlockLists
+from nsattn.kernels._popular_sm90 import attend_popular, hide, popular_tokens
 from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
 
@@ -65,26 +66,6 @@ def swap_columns(x):
     """
     ROWS: gl.constexpr = x.shape[0]
     return x.reshape([ROWS, 4, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, 128])
-
-
-@gluon.jit
-def hide(s, last):
-    """-inf for the keys of scores [R, B] after key `last` of each row.
-
-    Key 8i + 2j + e belongs to lane j of four. Seen as [R, i, j, e], what varies inside a thread is a constant, and no
-    registers hold key numbers through the loop.
-    """
-    ROWS: gl.constexpr = s.shape[0]
-    B: gl.constexpr = s.shape[1]
-    x = s.reshape([ROWS, B // 8, 4, 2])
-    LAYOUT: gl.constexpr = x.type.layout
-    i = gl.arange(0, B // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
-    j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT))))
-    e = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
-    last = gl.convert_layout(last, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
-    o_k = 8 * i[None, :, None, None] + e[None, None, None, :]
-    x = gl.where(o_k <= last[:, None, None, None] - 2 * j[None, None, :, None], x, float("-inf"))
-    return gl.convert_layout(x.reshape([ROWS, B]), s.type.layout)
 
 
 @gluon.jit
@@ -211,8 +192,8 @@ def partial(
 
 # By block size. A block of 128 keys needs more rows to pay for reading its K and V.
 SCHEDULES = {
-    64: Schedule(partial, rows_per_item=1024, rows_per_range=32768),
-    128: Schedule(partial, rows_per_item=2048, rows_per_range=131072),
+    64: Schedule(partial, rows_per_item=1024, rows_per_range=32768, dense=Dense(attend_popular, popular_tokens, 38)),
+    128: Schedule(partial, rows_per_item=2048, rows_per_range=131072, dense=Dense(attend_popular, popular_tokens, 60)),
 }
 GRADIENT = Gradient(gradient, parts=1, cut=functools.partial(selected_cut, fewest=2048))
 
