@@ -97,6 +97,7 @@ def _sample(call: Callable[[], object]) -> list[float]:
         end.record()
         return start, end
 
+    call()  # what compiles and allocates is no measure of how long a call takes
     torch.cuda.synchronize()
     time.sleep(PAUSE)
     start, end = timed()

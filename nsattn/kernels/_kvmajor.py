@@ -35,12 +35,12 @@ class Dense(NamedTuple):
     """A query-major kernel for popular blocks, and when it pays."""
 
     attend: Callable[..., None]
-    tokens: Callable[[int], int]  # of a program, given the group
+    tokens: Callable[[int], int]  # of a program, given the group; 0 where it does not pay
     worth: float  # a block costs a program as much as so many rows of partials, both written and read
 
-    def popular(self, G: int) -> Popular:
+    def popular(self, G: int) -> Popular | None:
         tokens = self.tokens(G)
-        return Popular(tokens, min(tokens, math.ceil(self.worth / G)))
+        return Popular(tokens, min(tokens, math.ceil(self.worth / G))) if tokens else None
 
 
 class Schedule(NamedTuple):
@@ -158,7 +158,7 @@ def forward(
             lists = None
             cut, span, popular = schedule.options(G, chunk.group)
             lists = invert(block_idx, plan, chunk, cut=cut, span=span, popular=popular)
-            if schedule.dense:  # takes no scratch, so all heads of a group at once
+            if schedule.dense and popular:  # takes no scratch, so all heads of a group at once
                 whole = chunk._replace(part1=G)
                 schedule.dense.attend(
                     whole.of_queries(q, G), whole.of_keys(k), whole.of_keys(v), lists.popular, plan, whole, scale,
@@ -169,7 +169,7 @@ def forward(
         partial_lse = torch.empty(rows, dtype=kind, device=q.device)
         q_part, o_part, lse_part = (chunk.of_queries(x, G) for x in (q, o, lse))
         schedule.partial(q_part, chunk.of_keys(k), chunk.of_keys(v), lists, plan, scale, partials, partial_lse)
-        merge(partials, partial_lse, lists.inverse, o_part, lse_part, chunk, more=schedule.dense is not None)
+        merge(partials, partial_lse, lists.inverse, o_part, lse_part, chunk, more=lists.popular is not None)
         del partials, partial_lse  # before the next chunk allocates its own
     return o, lse
 
