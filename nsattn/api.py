@@ -482,11 +482,13 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
         v_head_dim=None if v is None else v.shape[-1],
         group=q.shape[-2] // k.shape[-2],
         max_blocks=plan.max_blk,
-        slc_block=plan.config.slc_block,
         capability=dispatch.capability(q.device.type, q.device.index),
         # Traced code serves many lengths: it gets the choice for long ones.
         rows=None if torch.compiler.is_compiling() else plan.total_q * k.shape[-2],
+        slc_block=plan.config.slc_block,
         num_selected=plan.config.num_selected,
+        overlap=plan.config.overlap,
+        keys_per_block=plan.config.keys_per_block,
         backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),
     )
 

@@ -34,6 +34,16 @@ class NSAConfig:
     init_blocks: int = 1
     local_blocks: int = 2
 
+    @property
+    def overlap(self) -> int:
+        """l / d: compressed blocks that cover a token, but for the first and last ones."""
+        return self.cmp_block // self.cmp_stride
+
+    @property
+    def keys_per_block(self) -> int:
+        """B / d: compressed blocks that begin in a selection block."""
+        return self.slc_block // self.cmp_stride
+
     def sizes(self) -> tuple[int, ...]:
         """The fields in order: `NSAConfig(*config.sizes()) == config`."""
         return (

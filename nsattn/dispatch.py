@@ -37,6 +37,8 @@ class Shape:
     rows: int | None = None  # query tokens x KV heads
     num_selected: int | None = None
     backward: bool = True  # a backward follows
+    overlap: int | None = None  # l / d
+    keys_per_block: int | None = None  # B / d
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Cell:
     max_group: int = MAX_GROUP
     max_blocks: int | None = None
     slc_blocks: tuple[int, ...] = SLC_BLOCKS
+    max_overlap: int | None = None  # l / d
+    max_keys_per_block: int | None = None  # B / d
     generation: int | None = None  # major compute capability of the only GPUs it runs on; None: any GPU
     costs: tuple[Cost, Cost] | None = None  # forward, backward; where an operation has several kernels
 
@@ -105,6 +109,8 @@ TABLE: dict[str, dict[str, Cell]] = {
             head_dims=(128,),
             max_group=5,  # the queries of more heads do not fit in half of the shared memory of a multiprocessor
             max_blocks=MAX_BLOCKS,
+            max_overlap=2,  # a key counts for at most one block more than its own
+            max_keys_per_block=32,  # a quarter of a tile: a thread owns whole blocks
             generation=9,
         ),
         "triton": Cell("select_blocks_triton", "scores recomputed in tiles, exact top-k", max_blocks=MAX_BLOCKS),
@@ -190,6 +196,10 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
         limits.append(f"query heads per KV head must be at most {cell.max_group}, got {shape.group}")
     if shape.slc_block is not None and shape.slc_block not in cell.slc_blocks:
         limits.append(f"selection block B must be one of {', '.join(map(str, cell.slc_blocks))}, got {shape.slc_block}")
+    for name, most, value in (("l / d", cell.max_overlap, shape.overlap),
+                              ("B / d", cell.max_keys_per_block, shape.keys_per_block)):  # fmt: skip
+        if most is not None and value is not None and value > most:
+            limits.append(f"{name} must be at most {most}, got {value}")
     if cell.max_blocks is not None and shape.max_blocks is not None and shape.max_blocks > cell.max_blocks:
         limits.append(
             f"selection blocks per sequence must be at most {cell.max_blocks}, got {shape.max_blocks} "

@@ -321,7 +321,8 @@ def cells(device: str, *, quick: bool = False, every_dtype: bool = False) -> Ite
 
 def _shape(case: Case, dtype: torch.dtype, device: str) -> dispatch.Shape:
     return dispatch.Shape(
-        device, dtype, case.head_dim, case.v_head_dim or case.head_dim, case.group, slc_block=case.config.slc_block,
+        device, dtype, case.head_dim, case.v_head_dim or case.head_dim, case.group,
+        slc_block=case.config.slc_block, overlap=case.config.overlap, keys_per_block=case.config.keys_per_block,
         capability=dispatch.capability(device, None),
     )  # fmt: skip
 

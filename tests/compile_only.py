@@ -209,8 +209,9 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
             yield lambda y=y, p=params, m=method: backward(y, x.k, p, plan, method=m)
     elif operation == "select_blocks":
         yield lambda: function(x.q, x.k_cmp, lse, plan, **scratch)
-        finer = plan._replace(config=replace(plan.config, cmp_stride=8))  # another kernel; it does not run here
-        yield lambda: function(x.q, x.k_cmp, lse, finer, **scratch)
+        if dispatch.TABLE[operation]["triton"].module in module.__name__.split("."):
+            finer = plan._replace(config=replace(plan.config, cmp_stride=8))  # another kernel; it does not run here
+            yield lambda: function(x.q, x.k_cmp, lse, finer, **scratch)
     elif operation == "attend_selected":
         yield lambda: function(x.q, x.k, x.v, block_idx, plan, **scratch)
         dkv = torch.zeros_like(x.k), torch.zeros_like(x.v)

@@ -26,7 +26,6 @@ from nsattn.kernels import _select_blocks
 from nsattn.kernels._gradient_sm90 import aligned
 from nsattn.kernels._select_blocks import (
     Chunk,
-    in_lanes,
     key_of_column,
     last_candidate,
     load_lse2,
@@ -187,12 +186,9 @@ def _scores_sm90_kernel(
 
 
 def _scores(q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, chunk: Chunk, *, scale: float) -> None:
-    """`_select_blocks.scores` on Hopper, D = 128; more overlap of blocks has its kernels."""
+    """`_select_blocks.scores` on Hopper, for D = 128, l <= 2 d and B <= 32 d."""
     config = plan.config
     G, Hkv, num_cols = q.shape[1] // k_cmp.shape[1], k_cmp.shape[1], chunk.score.shape[1]
-    if not in_lanes(config, BK.value):
-        _select_blocks.scores(q, k_cmp, lse_cmp, plan, chunk, scale=scale)
-        return
     RANGE = _select_blocks.RANGE
     strides = [stride // 8 for x in (q, k_cmp) for stride in x.stride()[:2]]
     _scores_sm90_kernel[(chunk.num_tiles * cdiv(num_cols, RANGE), chunk.num_heads)](
