@@ -35,8 +35,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import nsattn.kernels
 from nsattn import NSAConfig, dispatch
 from nsattn.kernels import _plan, rotate_triton
+from nsattn.kernels._lists import Chunk, Cut, Popular, invert
 from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
-from tests.products import disassemble, hazards
+from tests.products import disassemble, hazards, serialised
 
 WORKSPACE = 1 << 30
 KIB = 1024
@@ -131,7 +132,8 @@ class Result:
     registers: int = 0
     spilled: int = 0  # bytes of local memory per thread on NVIDIA, spilled vector registers on AMD
     shared: int = 0  # bytes
-    hazards: tuple[str, ...] = ()  # see `tests.products`; of Gluon kernels for Hopper
+    hazards: tuple[str, ...] = ()  # see `tests.products`; of Gluon kernels for Hopper, the next too
+    serialised: tuple[str, ...] = ()
 
 
 def launches(target: Target, cells: tuple[Cell, ...]) -> list[Launch]:
@@ -181,6 +183,9 @@ def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[
             if entry.is_kernel and not any(dispatch.unmet(entry, shape)):
                 yield from _operation(operation, dispatch.load(operation, impl), cell, x)
     plan = x.plan
+    chunk = Chunk(0, plan.total_q, 0, 2, 0, cell.group)
+    # What only the schedule for Hopper asks for runs on any GPU.
+    yield lambda: invert(random_selection(plan, 2), plan, chunk, cut=Cut(64, 64), span=1024, popular=Popular(32, 10))
     for cu_cmp in (None, plan.cu_cmp):
         yield lambda cu=cu_cmp: _plan.tables(plan.cu_q, plan.cu_k, cu, config=config, **plan.sizes())
     tables = torch.zeros(2, x.plan.total_q, 1, cell.head_dim)  # float32, as the layer makes them
@@ -269,7 +274,8 @@ def build(launch: Launch, target: Target) -> Result:
         usage = _cuda_resources(compiled.asm["cubin"])
         result.registers, result.spilled = usage["REG"], max(usage["STACK"], usage["LOCAL"])
         if launch.kernel.is_gluon():  # plain Triton keeps operands alive by itself
-            result.hazards = tuple(hazards(disassemble(compiled.asm["cubin"])))
+            code = disassemble(compiled.asm["cubin"])
+            result.hazards, result.serialised = tuple(hazards(code)), tuple(serialised(code))
     else:
         text = compiled.asm["amdgcn"]
         result.registers = _amd_count(text, "vgpr_count")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.products import Instruction, hazards
+from tests.products import Instruction, hazards, serialised
 
 LOOP = """
 HGMMA.64x64x16.F32.BF16 R152, gdesc[UR8], RZ, !UPT, gsb0
@@ -31,7 +31,8 @@ EXIT
 
 def code(text: str = LOOP, **lines: str) -> list[Instruction]:
     found = []
-    lines = {name: "NOP" for name in ("after_scores", "after_all", "at_head", "branch", "after_wait")} | lines
+    names = "after_scores", "after_all", "at_head", "branch", "after_wait", "between"
+    lines = dict.fromkeys(names, "NOP") | lines
     for n, line in enumerate(text.format(**lines).strip().splitlines()):
         words = line.split(maxsplit=1)
         predicate = words[0][1:] if words[0].startswith("@") else ""
@@ -96,3 +97,25 @@ def test_a_loop_without_a_wait_ends():
     """The groups under way would grow without end; a write to the operand is found all the same."""
     again = CARRIED.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0\n", "")
     assert len(hazards(code(again, at_head="MOV R185, RZ", branch="@P0 BRA 0x0"))) == 1
+
+
+CHAIN = """
+HGMMA.64x64x16.F32.BF16 R88, gdesc[UR8], RZ, !UPT
+{between}
+HGMMA.64x64x16.F32.BF16 R88, gdesc[UR16], R88, gsb0
+WARPGROUP.DEPBAR.LE gsb0, 0x0
+{after_wait}
+HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR12].tnspB, R24, gsb0
+EXIT
+"""
+
+
+def test_products_that_wait_for_their_own_sum():
+    """A wait inside a sum is found; behind it, or where somebody used the sum, it is as it should be."""
+    assert serialised(code(CHAIN, between="NOP")) == []
+    found = serialised(code(CHAIN, between="WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    assert len(found) == 1 and "gdesc[UR16]" in found[0]
+    again = CHAIN.replace("{between}", "WARPGROUP.DEPBAR.LE gsb0, 0x0\nFMUL R90, R90, R3")
+    assert serialised(code(again)) == []
+    steps = CARRIED.replace("EXIT\n", "") + CARRIED.replace("{at_head}", "FMUL R24, R24, R3")
+    assert serialised(code(steps.replace("\n\n", "\n"))) == []
