@@ -6,8 +6,9 @@ Each case is a small batch, forward and backward, in a process of its own: first
 kernels, then once under each. A case that takes longer than `--limit` seconds is reported as such. Exit status 1 if the
 tool found an error or a case did not finish, 2 without a GPU or without the tool (it comes with the CUDA toolkit).
 
-The last case is a control: a kernel that does nothing but hand two numbers to a second warpgroup. What racecheck says
-of it is said of how Triton hands work over, not of ours.
+The last case is a control: a kernel that does nothing but hand two numbers to a second warpgroup, where each has a
+barrier of its own, and every other program ends before, as ours do that have nothing to do. What racecheck says of it is
+said of how Triton hands work over, not of ours.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nsattn import NSAConfig, branches, dispatch
 from nsattn.environment import environment
+from nsattn.kernels._dense_sm90 import barrier
 from nsattn.testing import make_cache, make_compression, make_inputs, random_selection
 
 TOOLS = ("memcheck", "racecheck")
@@ -67,11 +69,14 @@ ALL = (*CASES, CONTROL)
 def _fill(OUT, first, value):
     """128 numbers from `first` on, by one warpgroup."""
     o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    barrier()
     gl.store(OUT + first + o, o * 0 + value)
 
 
 @gluon.jit
 def _control_kernel(OUT, value):
+    if gl.program_id(0) % 2 == 1:
+        return
     gl.warp_specialize([(_fill, (OUT, 0, value)), (_fill, (OUT, 128, value))], [4], [64])
 
 
