@@ -7,8 +7,8 @@ kernels, then once under each. A case that takes longer than `--limit` seconds i
 tool found an error or a case did not finish, 2 without a GPU or without the tool (it comes with the CUDA toolkit).
 
 The last case is a control: a kernel that does nothing but hand two numbers to a second warpgroup, where each has a
-barrier of its own, and every other program ends before, as ours do that have nothing to do. What racecheck says of it is
-said of how Triton hands work over, not of ours.
+barrier of its own, and every other program ends before, as ours do that have nothing to do. What racecheck says of it
+is said of how Triton hands work over, not of ours.
 """
 
 from __future__ import annotations
