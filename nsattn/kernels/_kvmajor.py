@@ -151,8 +151,9 @@ def forward(
     (T, Hq, _), (Hkv, Dv), N = q.shape, v.shape[1:], block_idx.shape[-1]
     G, kind = Hq // Hkv, lse_dtype(q)
     o = torch.empty(T, Hq, Dv, dtype=q.dtype, device=q.device)
-    # Rows that no popular block has anything for, those of no sequence too, bring nothing to merge.
-    lse = torch.full((T, Hq), -float("inf"), dtype=kind, device=q.device)
+    lse = torch.empty(T, Hq, dtype=kind, device=q.device)
+    if schedule.dense and schedule.dense.popular(G):
+        lse.fill_(-float("inf"))  # rows without popular blocks, those of no sequence too, bring nothing to merge
     for chunk in chunks(plan, Hkv, G, forward_size(q, v, N, plan, schedule), workspace):
         if chunk.part0 == 0:  # the query heads of a group share the lists
             lists = None
