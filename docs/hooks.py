@@ -27,7 +27,8 @@ PAGES = (
     "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
     "examples/train_hf/README.md", "examples/quality/README.md", "examples/passkey/README.md",
     "benchmarks/results/h200/verify.md", "benchmarks/results/h200/repeat.md", "benchmarks/results/h200/counters.md",
-    "benchmarks/results/h200/passkey/passkey.md",
+    "benchmarks/results/h200/passkey/passkey.md", "benchmarks/results/h200/sanitizer.md",
+    "benchmarks/results/h100/verify.md", "benchmarks/results/h100/sanitizer.md",
 )  # fmt: skip
 TABLES = {
     "support": dispatch.support_table,
