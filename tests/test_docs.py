@@ -48,7 +48,7 @@ def test_site_builds_without_warnings(tmp_path):
 def test_docstrings_become_markdown(monkeypatch):
     """Headings, lists and code of a docstring; a sentence with a colon is no heading."""
     pytest.importorskip("mkdocs")
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
     import hooks
 
     class Thing:
