@@ -35,8 +35,6 @@ from nsattn.testing import (
 )
 
 WORKSPACE = 1 << 30
-
-
 WORKER_BYTES = 7 << 30  # GPU memory of a worker of `run`: the largest cell in float64
 
 

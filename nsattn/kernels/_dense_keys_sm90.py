@@ -24,8 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels._dense_sm90 import BM, COPY, SHARED, D, barrier, release, wait_for
-from nsattn.kernels._gradient import UNLIMITED, KeyBlocks
-from nsattn.kernels._gradient_sm90 import store_sum
+from nsattn.kernels._gradient import UNLIMITED, KeyBlocks, store_sum
 from nsattn.kernels._lists import BlockLists
 from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
@@ -167,9 +166,13 @@ def _keys(
         gl.store(p + D, dv)
     else:
         m_b = (o_b < keys_left)[:, None]
-        o, o_rest = (o_b.to(gl.int64) * out_stride)[:, None] + o_d, (o_b * (2 * D))[:, None] + o_d
-        store_sum(p_dk + o, p_rest, o_rest, dk, m_b, ADD)
-        store_sum(p_dv + o, p_rest, o_rest + D, dv, m_b, ADD)
+        o = (o_b.to(gl.int64) * out_stride)[:, None] + o_d
+        p_dk_rest, p_dv_rest = None, None
+        if p_rest is not None:
+            p_dk_rest = p_rest + ((o_b * (2 * D))[:, None] + o_d)
+            p_dv_rest = p_dk_rest + D
+        store_sum(p_dk + o, p_dk_rest, dk, m_b, ADD)
+        store_sum(p_dv + o, p_dv_rest, dv, m_b, ADD)
 
 
 @gluon.jit(do_not_specialize=["num_heads"])

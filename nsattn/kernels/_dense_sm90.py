@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels._dense import UNLIMITED, Keys
-from nsattn.kernels._gradient_sm90 import aligned
+from nsattn.kernels._gradient_sm90 import aligned, barrier
 from nsattn.kernels._tile import LN2, LOG2E
 from nsattn.plan import TILE, Plan
 
@@ -40,7 +40,6 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 STAGES = gl.constexpr(3)
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
 
 
 @gluon.jit

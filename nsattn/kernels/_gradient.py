@@ -78,7 +78,7 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _store_sum(p, p_rest, x, m, ADD: tl.constexpr):
+def store_sum(p, p_rest, x, m, ADD: tl.constexpr):
     """Store x, with ADD after adding what is there; with p_rest, also what rounding takes off, so that sums go on as
     if they had not been rounded."""
     if ADD:
@@ -164,8 +164,8 @@ def _gradient_kernel(
         if REST is not None:
             p_dk_rest = REST + (start_k + o_k)[None, :] * (D + DVAL) + o_d[:, None]
             p_dv_rest = REST + (start_k + o_k)[None, :] * (D + DVAL) + D + o_v[:, None]
-        _store_sum(p_dk, p_dk_rest, b_dk, m_dk, ADD)
-        _store_sum(p_dv, p_dv_rest, b_dv, m_dv, ADD)
+        store_sum(p_dk, p_dk_rest, b_dk, m_dk, ADD)
+        store_sum(p_dv, p_dv_rest, b_dv, m_dv, ADD)
 
 
 @triton.jit(do_not_specialize=["num_blk", "heads", "num_seqs"])
@@ -202,8 +202,8 @@ def _sum_slices_kernel(
     p_rest = None
     if REST is not None:
         p_rest = REST + (start_k + o_k)[:, None] * (D + DVAL) + o_d[None, :]
-    _store_sum(p_dk, p_rest, acc, m_dk, ADD)
-    _store_sum(p_dv, p_rest, acc, m_dv, ADD)
+    store_sum(p_dk, p_rest, acc, m_dk, ADD)
+    store_sum(p_dv, p_rest, acc, m_dv, ADD)
 
 
 def gradient(
@@ -220,7 +220,7 @@ def gradient(
             lists with tokens.
         out_k, out_v: like k and v, views of heads of contiguous tensors.
         rest: `[total_k, D + Dv]` like k, or None: what rounding took off the sums of dK and dV of the one KV head, see
-            `_store_sum`.
+            `store_sum`.
         slices: `[lists.num_slices, B, D + Dv]`, float32 (float64 for float64 inputs).
         add: to what out_k and out_v hold.
     """

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsattn.kernels._gradient import KeyBlocks
+from nsattn.kernels._gradient import KeyBlocks, store_sum
 from nsattn.kernels._lists import BlockLists
 from nsattn.plan import Plan
 
@@ -83,19 +83,6 @@ def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
     o_d = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
     gl.store(p + (o_r * 128)[:, None] + o_d[None, :], stage.load(LAYOUT), mask=(o_r < left)[:, None],
              cache_modifier=".cs")
-
-
-@gluon.jit
-def store_sum(p, REST, o_rest, x, m, ADD: gl.constexpr):
-    """`_gradient._store_sum`."""
-    if ADD:
-        x += gl.load(p, mask=m, other=0.0)
-    if REST is not None:
-        x += gl.load(REST + o_rest, mask=m, other=0.0)
-    y = x.to(p.dtype.element_ty)
-    gl.store(p, y, mask=m)
-    if REST is not None:
-        gl.store(REST + o_rest, (x - y.to(gl.float32)).to(REST.dtype.element_ty), mask=m)
 
 
 @gluon.jit(do_not_specialize=["num_heads"])
@@ -237,9 +224,13 @@ def _gradient_sm90_kernel(
         len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
         m_b = (block * B + o_b < len_keys)[:, None]
         o_key = (start_k + block * B + o_b).to(gl.int64)
-        o_out, o_rest = ((o_key * out_heads + i_h) * D)[:, None] + o_c, (o_key * (2 * D))[:, None] + o_c
-        store_sum(DK + o_out, REST, o_rest, dk, m_b, ADD)
-        store_sum(DV + o_out, REST, o_rest + D, dv, m_b, ADD)
+        o_out = ((o_key * out_heads + i_h) * D)[:, None] + o_c
+        p_dk_rest, p_dv_rest = None, None
+        if REST is not None:
+            p_dk_rest = REST + ((o_key * (2 * D))[:, None] + o_c)
+            p_dv_rest = p_dk_rest + D
+        store_sum(DK + o_out, p_dk_rest, dk, m_b, ADD)
+        store_sum(DV + o_out, p_dv_rest, dv, m_b, ADD)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels import _select_blocks
+from nsattn.kernels._dense_sm90 import barrier
 from nsattn.kernels._gradient_sm90 import aligned
 from nsattn.kernels._select_blocks import (
     Chunk,
@@ -50,7 +51,6 @@ OWNED = gl.constexpr(gl.DistributedLinearLayout(
     [], [BM.value, BK.value]))
 LANES = gl.constexpr(gl.DistributedLinearLayout(
     [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM.value, 4]))
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
 
 
 @gluon.jit
