@@ -6,9 +6,10 @@ Each case is a small batch, forward and backward, in a process of its own: first
 kernels, then once under each. A case that takes longer than `--limit` seconds is reported as such. Exit status 1 if the
 tool found an error or a case did not finish, 2 without a GPU or without the tool (it comes with the CUDA toolkit).
 
-The last case is a control: a kernel that does nothing but hand two numbers to a second warpgroup, where each has a
-barrier of its own, and every other program ends before, as ours do that have nothing to do. What racecheck says of it
-is said of how Triton hands work over, not of ours.
+The last two cases are controls: kernels that do nothing but hand two numbers to a second warpgroup, where each has a
+barrier of its own, and every other program ends before, as ours do that have nothing to do. In the second, the first
+warpgroup copied a tile to shared memory before, and waited for it. What racecheck says of these two is said of how
+Triton hands work over, not of ours.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -61,8 +63,10 @@ CASES = (
     *(Case("select_blocks", impl) for impl in ("triton_sm90", "triton")),
     *(Case(operation, "triton") for operation in ("compress", "combine", "nsa_decode")),
 )  # fmt: skip
-CONTROL = Case("control", "warp_specialize")
-ALL = (*CASES, CONTROL)
+CONTROLS = (Case("control", "warp_specialize"), Case("control", "warp_specialize after a copy"))
+ALL = (*CASES, *CONTROLS)
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit
@@ -74,17 +78,25 @@ def _fill(OUT, first, value):
 
 
 @gluon.jit
-def _control_kernel(OUT, value):
+def _control_kernel(TILE, OUT, value, AFTER_COPY: gl.constexpr):
     if gl.program_id(0) % 2 == 1:
         return
+    if AFTER_COPY:
+        rows, columns = gl.arange(0, 64, gl.SliceLayout(1, COPY)), gl.arange(0, 128, gl.SliceLayout(0, COPY))
+        tile = gl.allocate_shared_memory(TILE.dtype.element_ty, [64, 128], SHARED)
+        async_copy.async_copy_global_to_shared(tile, TILE + (rows[:, None] * 128 + columns[None, :]))
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
     gl.warp_specialize([(_fill, (OUT, 0, value)), (_fill, (OUT, 128, value))], [4], [64])
 
 
 def run(case: Case) -> None:
     """The case itself, forward and backward."""
-    if case == CONTROL:
+    if case in CONTROLS:
         out = torch.zeros(256, dtype=torch.int32, device="cuda")
-        _control_kernel[(2048,)](out, 7, num_warps=4)
+        tile = torch.ones(64, 128, dtype=torch.bfloat16, device="cuda")
+        _control_kernel[(2048,)](tile, out, 7, AFTER_COPY=case == CONTROLS[1], num_warps=4)
         if not bool((out == 7).all()):
             raise RuntimeError(f"the control kernel left {out.tolist()}")
         return
@@ -184,7 +196,7 @@ def main(argv: list[str]) -> int:
     here = dispatch.capability("cuda", None)
 
     def able(case: Case) -> bool:
-        if case == CONTROL:
+        if case in CONTROLS:
             return here is not None and here[0] == 9
         shape = dispatch.Shape("cuda", torch.bfloat16, capability=here)
         return not any(dispatch.unmet(dispatch.TABLE[case.operation][case.impl], shape))

@@ -185,7 +185,7 @@ def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[
     plan = x.plan
     chunk = Chunk(0, plan.total_q, 0, 2, 0, cell.group)
     # What only the schedule for Hopper asks for runs on any GPU.
-    yield lambda: invert(random_selection(plan, 2), plan, chunk, cut=Cut(64, 64), span=1024, popular=Popular(32, 10))
+    yield lambda: invert(random_selection(plan, 2), plan, chunk, cut=Cut(64, 64), span=1024, popular=Popular(22, 10))
     for cu_cmp in (None, plan.cu_cmp):
         yield lambda cu=cu_cmp: _plan.tables(plan.cu_q, plan.cu_k, cu, config=config, **plan.sizes())
     tables = torch.zeros(2, x.plan.total_q, 1, cell.head_dim)  # float32, as the layer makes them

@@ -84,7 +84,7 @@ def check(plan, select):
                 assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row
 
 
-@pytest.mark.parametrize("popular", [Popular(64, 20), Popular(32, 3), Popular(8, 4), Popular(2, 1)], ids=str)
+@pytest.mark.parametrize("popular", [Popular(64, 20), Popular(22, 3), Popular(13, 4), Popular(2, 1)], ids=str)
 @pytest.mark.parametrize("select", [random_selection, hostile_selection])
 @pytest.mark.parametrize("lengths", [(150, 0, 1, 70), (20,) * 5, ((5, 64, 65, 63), (100, 64, 70, 40))], ids=str)
 def test_popular_blocks_leave_the_lists(lengths, select, popular):
@@ -92,29 +92,35 @@ def test_popular_blocks_leave_the_lists(lengths, select, popular):
     plan = plan_of(*lengths) if isinstance(lengths[0], tuple) else plan_of(lengths)
     block_idx = select(plan, 2)
     cu_q, N = plan.cu_q.tolist(), block_idx.shape[-1]
+
+    def first_of(token):
+        """First of the neighbours of a token."""
+        return token // TILE * TILE + token % TILE // popular.tokens * popular.tokens
+
     everything, _ = naive(block_idx, plan, Chunk(0, plan.total_q, 0, 2, 0, 1))
     for chunk in (Chunk(0, plan.total_q, 0, 2, 0, 1), Chunk(64, min(128, plan.total_q), 1, 2, 0, 1)):
         lists, slots = naive(block_idx, plan, chunk)
         want = {}  # (KV head, sequence, first token): {block: members}
         for (head, s, block), rows in everything.items():
             for row in rows:
-                first = (row - cu_q[s]) // popular.tokens * popular.tokens
+                first = first_of(row - cu_q[s])
                 if chunk.head0 <= head < chunk.head1:
                     bits = want.setdefault((head - chunk.head0, s, first), {})
                     bits[block] = bits.get(block, 0) | 1 << row - cu_q[s] - first
         chosen = {key: {b: m for b, m in bits.items() if m.bit_count() >= popular.fewest} for key, bits in want.items()}
 
         got = invert(block_idx, plan, chunk, cut=CUT, span=64, popular=popular)
-        table, subs, found = got.popular, TILE // popular.tokens, {}
+        table, parts, found = got.popular, popular.parts, {}
+        assert table.counts.shape[0] % parts == 0 and (parts - 1) * popular.tokens < TILE <= parts * popular.tokens
         assert table.blocks.shape[-1] == N * popular.tokens // popular.fewest
         for i, counts in enumerate(table.counts.tolist()):
-            s, first = plan.q_tiles[table.tile0 + i // subs].tolist()
+            s, first = plan.q_tiles[table.tile0 + i // parts].tolist()
             for head, count in enumerate(counts):
                 blocks = table.blocks[i, head, :count].tolist()
                 assert blocks == sorted(blocks)
                 members = [m % 2**64 for m in table.members[i, head, :count].tolist()]
                 if count:
-                    found[head, s, first + i % subs * popular.tokens] = dict(zip(blocks, members, strict=True))
+                    found[head, s, first + i % parts * popular.tokens] = dict(zip(blocks, members, strict=True))
         meets = {}
         for (head, s, first), bits in chosen.items():
             tile = cu_q[s] + first // TILE * TILE
@@ -123,7 +129,7 @@ def test_popular_blocks_leave_the_lists(lengths, select, popular):
         assert found == meets
 
         def left(head, s, block, row, chosen=chosen):
-            return block not in chosen.get((head, s, (row - cu_q[s]) // popular.tokens * popular.tokens), {})
+            return block not in chosen.get((head, s, first_of(row - cu_q[s])), {})
 
         listed = {}
         for head, s, block, first, count, _ in got.items.tolist():
@@ -170,7 +176,7 @@ def test_chunks_cover_everything_within_the_budget(group):
     assert ((False, True, True) in cuts) == (group > 1)
 
 
-@pytest.mark.parametrize("popular", [None, Popular(8, 5)], ids=str)
+@pytest.mark.parametrize("popular", [None, Popular(13, 5)], ids=str)
 def test_lists_bytes_is_what_the_lists_take(popular):
     """Storage of what `invert` returns, and of all else that it makes, on a batch where all terms count."""
     plan = plan_of((3000, 500))

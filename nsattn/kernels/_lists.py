@@ -36,8 +36,13 @@ class Popular(NamedTuple):
     """What makes a block popular with `tokens` neighbouring query tokens, counted from the start of a sequence: that
     at least `fewest` of them chose it. Like `Cut`, it looks at nothing but the sequence."""
 
-    tokens: int  # a power of two up to TILE
+    tokens: int  # up to TILE
     fewest: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many such groups of tokens a tile is cut. The last one may be shorter."""
+        return cdiv(TILE, self.tokens)
 
     def most(self, N: int) -> int:
         """Most blocks that are popular with the same tokens."""
@@ -45,7 +50,7 @@ class Popular(NamedTuple):
 
 
 class PopularBlocks(NamedTuple):
-    """Blocks that left the lists. A row is `tokens` neighbouring query tokens, TILE // tokens to a tile of the plan."""
+    """Blocks that left the lists. A row is a part of a tile of the plan: `tokens` neighbours, or what is left of it."""
 
     counts: Tensor  # int32 [rows, heads] how many there are
     blocks: Tensor  # int32 [rows, heads, most] in the sequence, ascending
@@ -132,7 +137,7 @@ def lists_bytes(
     lists_of = 2 * pairs + 6 * (lists + cut.pieces(plan, rows, heads, N)) + 3 * (lists + 1)
     if popular:
         tiles = min(plan.q_tiles.shape[0], rows // TILE + plan.num_seqs + 1)
-        lists_of += tiles * (TILE // popular.tokens) * heads * (3 * popular.most(N) + 1)
+        lists_of += tiles * popular.parts * heads * (3 * popular.most(N) + 1)
     return 4 * lists_of, 4 * (3 * words + 3 * (lists + 1))
 
 
@@ -208,6 +213,13 @@ def _load_blocks(IDX, row, m_t, position, o_n, num_kv_heads, i_h, N: tl.constexp
     return tl.where(visible, block, -1)
 
 
+@triton.jit
+def _word(i_h, column, blk, num_blk, columns):
+    """Index of the word of a tile and a block of the batch. Those of a tile are neighbours: its tokens share cache
+    lines, and a tile is read as a whole."""
+    return (i_h.to(tl.int64) * columns + column) * num_blk + blk
+
+
 @triton.jit(do_not_specialize=["tile0", "row0", "row1", "head0", "num_kv_heads", "num_blk", "columns"])
 def _mask_kernel(
     IDX, MASKS, Q_TILES, CU_Q, CU_K, CU_BLK, tile0, row0, row1, head0, num_kv_heads, num_blk, columns,
@@ -227,7 +239,7 @@ def _mask_kernel(
         m_t &= (row + o_t >= row0) & (row + o_t < row1)
     block = _load_blocks(IDX, row + o_t, m_t, position + o_t, o_n, num_kv_heads, head0 + i_h, N, B)
     bit = tl.full([BT, BN], 1, tl.uint64) << o_t.to(tl.uint64)[:, None]
-    word = (i_h.to(tl.int64) * num_blk + tl.load(CU_BLK + i_s) + block) * columns + column
+    word = _word(i_h, column, tl.load(CU_BLK + i_s) + block, num_blk, columns)
     tl.atomic_or(MASKS + word, bit.to(tl.int64, bitcast=True), mask=block >= 0, sem="relaxed")
 
 
@@ -241,39 +253,40 @@ def _low_bits(n):
 @triton.jit(do_not_specialize=["tile0", "row0", "row1", "num_blk", "columns", "heads"])
 def _popular_kernel(
     MASKS, COUNTS, BLOCKS, MEMBERS, Q_TILES, CU_Q, CU_K, CU_BLK, tile0, row0, row1, num_blk, columns, heads,
-    B: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr, MOST: tl.constexpr, BB: tl.constexpr,
+    B: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr, MOST: tl.constexpr,
+    PARTS: tl.constexpr, BP: tl.constexpr, BB: tl.constexpr,
 ):
-    """Pass 2, for a tile and one KV head: move the popular blocks of each TOKENS of its tokens from the masks to the
-    table, and drop the bits of tokens outside the chunk."""
-    SUBS: tl.constexpr = TILE_ROWS // TOKENS
+    """Pass 2, for a tile and one KV head: move the popular blocks of each of its PARTS from the masks to the table, and
+    drop the bits of tokens outside the chunk."""
     i_tile, i_h = tl.program_id(0), tl.program_id(1)
     i_s, row, position, rows, column = _query_tile(Q_TILES, CU_Q, CU_K, tile0 + i_tile, row0)
-    o_s, o_b = tl.arange(0, SUBS), tl.arange(0, BB)
-    table = (i_tile.to(tl.int64) * SUBS + o_s) * heads + i_h
-    count = tl.zeros([SUBS], tl.int32)
+    o_p, o_b = tl.arange(0, BP), tl.arange(0, BB)
+    table = (i_tile.to(tl.int64) * PARTS + o_p) * heads + i_h
+    count = tl.zeros([BP], tl.int32)
     if (i_s >= 0) & (row < row1) & (row + TILE_ROWS > row0) & (column < columns):
         # Tokens of the chunk: those before row1 that do not come before row0.
         before, until = _low_bits(tl.maximum(row0 - row, 0)), _low_bits(tl.minimum(row1 - row, 64))
-        shift = (o_s * TOKENS).to(tl.uint64)[:, None]
+        shift = tl.minimum(o_p * TOKENS, TILE_ROWS - 1).to(tl.uint64)[:, None]
+        bits = _low_bits(tl.where(o_p < PARTS, TOKENS, 0))[:, None]
         end = (position + tl.minimum(rows, TILE_ROWS) - 1) // B + 1
-        first = i_h.to(tl.int64) * num_blk + tl.load(CU_BLK + i_s)
+        p_tile = MASKS + _word(i_h, column, tl.load(CU_BLK + i_s), num_blk, columns)
         for b0 in range(0, end, BB):
             block = b0 + o_b
-            p_word = MASKS + (first + block) * columns + column
+            p_word = p_tile + block
             word = tl.load(p_word, mask=block < end, other=0).to(tl.uint64, bitcast=True)
-            # [SUBS, BB]
-            members = (word[None, :] >> shift) & _low_bits(tl.full([], TOKENS, tl.int32))
+            # [BP, BB]
+            members = (word[None, :] >> shift) & bits
             popular = bit_counts(members) >= FEWEST
             place = count[:, None] + tl.cumsum(popular.to(tl.int32), 1) - 1
             p = table[:, None] * MOST + place
-            tl.store(BLOCKS + p, tl.broadcast_to(block[None, :], [SUBS, BB]), mask=popular)
+            tl.store(BLOCKS + p, tl.broadcast_to(block[None, :], [BP, BB]), mask=popular)
             tl.store(MEMBERS + p, members.to(tl.int64, bitcast=True), mask=popular)
             count += tl.sum(popular.to(tl.int32), 1)
             taken = tl.sum(tl.where(popular, members << shift, 0).to(tl.int64, bitcast=True), 0)
             left = word & until
             left ^= left & (before | taken.to(tl.uint64, bitcast=True))
             tl.store(p_word, left.to(tl.int64, bitcast=True), mask=left != word)
-    tl.store(COUNTS + table, count)
+    tl.store(COUNTS + table, count, mask=o_p < PARTS)
 
 
 @triton.jit
@@ -292,29 +305,38 @@ def most_pairs(CU_Q, i_s, pairs, short_pairs, short):
 
 
 @triton.jit(do_not_specialize=[
-    "num_blk", "columns", "span", "heads", "ranges", "num_lists", "num_seqs", "pairs", "short_pairs", "short",
+    "row0", "num_blk", "columns", "span", "heads", "ranges", "num_lists", "num_seqs", "pairs", "short_pairs", "short",
 ])
 def _count_kernel(
-    MASKS, PLACES, COUNTS, CU_Q, CU_BLK, num_blk, columns, span, heads, ranges, num_lists, num_seqs,
-    pairs, short_pairs, short, BY_BLOCK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    MASKS, PLACES, COUNTS, CU_Q, CU_K, CU_BLK, row0, num_blk, columns, span, heads, ranges, num_lists, num_seqs,
+    pairs, short_pairs, short, B: tl.constexpr, BY_BLOCK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):
     """Pass 3, for BL blocks and one token range of one KV head: place of each word in its list, length of the lists,
     and into how many items they are cut (the same again where that is more than one: slices)."""
     i_range, i_h = tl.program_id(1), tl.program_id(2)
     blk = tl.program_id(0) * BL + tl.arange(0, BL)
     m_blk = blk < num_blk
+    seq = tl.minimum(last_at_most(CU_BLK, num_seqs + 1, blk), num_seqs - 1)
+    # From the first column with a token that sees one of the blocks to the last of their sequences: the words around
+    # them are zero, and nobody asks for their places.
+    start_q, start_k = tl.load(CU_Q + seq), tl.load(CU_K + seq)
+    len_q, len_k = tl.load(CU_Q + seq + 1) - start_q, tl.load(CU_K + seq + 1) - start_k
+    token = tl.maximum((blk - tl.load(CU_BLK + seq)) * B - (len_k - len_q), 0)
+    skipped = (tl.maximum(row0 - start_q, 0) // TILE_ROWS).to(tl.int32)
+    first = tl.maximum(tl.min(tl.where(m_blk, token // TILE_ROWS - skipped, columns), 0), i_range * span)
+    end = tl.max(tl.where(m_blk, (len_q + TILE_ROWS - 1) // TILE_ROWS - skipped, 0), 0)
+    end = tl.minimum(tl.minimum(end, columns), (i_range + 1) * span)
     total = tl.zeros([BL], tl.int32)
-    for c0 in range(i_range * span, tl.minimum((i_range + 1) * span, columns), BC):
+    for c0 in range(first, end, BC):
         o_c = c0 + tl.arange(0, BC)
-        m = m_blk[:, None] & (o_c < tl.minimum((i_range + 1) * span, columns))[None, :]
-        word = (i_h.to(tl.int64) * num_blk + blk)[:, None] * columns + o_c[None, :]
+        m = m_blk[:, None] & (o_c < end)[None, :]
+        word = _word(i_h, o_c[None, :], blk[:, None], num_blk, columns)
         # [BL, BC]
         members = tl.load(MASKS + word, mask=m, other=0).to(tl.uint64, bitcast=True)
         count = bit_counts(members)
         tl.store(PLACES + word, total[:, None] + tl.cumsum(count, 1) - count, mask=m)
         total += tl.sum(count, 1)
     i_list = _list_of(i_h, i_range, blk, heads, ranges, num_blk, BY_BLOCK)
-    seq = tl.minimum(last_at_most(CU_BLK, num_seqs + 1, blk), num_seqs - 1)
     most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
     pieces = (total + most - 1) // most
     p = COUNTS + 1 + i_list
@@ -359,7 +381,7 @@ def _place_kernel(
             block = tl.where((o_n[None, :] > i) & (block == earlier[:, None]), -1, block)
     used = block >= 0
     blk = tl.load(CU_BLK + i_s) + block
-    word = (i_h.to(tl.int64) * num_blk + blk) * columns + column
+    word = _word(i_h, column, blk, num_blk, columns)
     # [BT, BN]
     members = tl.load(MASKS + word, mask=used, other=0).to(tl.uint64, bitcast=True)
     bit = tl.full([BT], 1, tl.uint64) << o_t.to(tl.uint64)
@@ -434,7 +456,7 @@ def invert(
     sizes = {"N": N, "BN": next_power_of_2(N, 1), "B": B}
     by_block = span is None
 
-    masks = torch.zeros(heads, num_blk, columns, dtype=torch.int64, device=device)
+    masks = torch.zeros(heads, columns, num_blk, dtype=torch.int64, device=device)
     BT = 16
     _mask_kernel[(num_tiles * (TILE // BT), heads)](
         block_idx, masks, *tables, tile0, row0, row1, head0, block_idx.shape[1], num_blk, columns,
@@ -442,23 +464,25 @@ def invert(
     )  # fmt: skip
     table = None
     if popular is not None:
-        subs, most = TILE // popular.tokens, popular.most(N)
+        parts, most = popular.parts, popular.most(N)
+        BP = next_power_of_2(parts, 1)
         table = PopularBlocks(
-            torch.empty(num_tiles * subs, heads, dtype=torch.int32, device=device),
-            torch.empty(num_tiles * subs, heads, most, dtype=torch.int32, device=device),
-            torch.empty(num_tiles * subs, heads, most, dtype=torch.int64, device=device),
+            torch.empty(num_tiles * parts, heads, dtype=torch.int32, device=device),
+            torch.empty(num_tiles * parts, heads, most, dtype=torch.int32, device=device),
+            torch.empty(num_tiles * parts, heads, most, dtype=torch.int64, device=device),
             popular.tokens, tile0,
         )  # fmt: skip
         _popular_kernel[(num_tiles, heads)](
             masks, *table[:3], *tables, tile0, row0, row1, num_blk, columns, heads,
-            B=B, TOKENS=popular.tokens, FEWEST=popular.fewest, MOST=most, BB=max(32, 256 // subs), num_warps=2,
+            B=B, TOKENS=popular.tokens, FEWEST=popular.fewest, MOST=most, PARTS=parts, BP=BP, BB=max(128, 256 // BP),
+            num_warps=2,
         )  # fmt: skip
-    places = torch.empty(heads, num_blk, columns, dtype=torch.int32, device=device)
+    places = torch.empty_like(masks, dtype=torch.int32)
     counts = torch.empty(3 * (num_lists + 1), dtype=torch.int32, device=device)
-    BL, BC = 16, 32
+    BL, BC = 4, 128
     _count_kernel[(cdiv(num_blk, BL), ranges, heads)](
-        masks, places, counts, plan.cu_q, plan.cu_blk, num_blk, columns, span_columns, heads, ranges, num_lists,
-        plan.num_seqs, *cut, BY_BLOCK=by_block, BL=BL, BC=BC, num_warps=2,
+        masks, places, counts, plan.cu_q, plan.cu_k, plan.cu_blk, row0, num_blk, columns, span_columns, heads, ranges,
+        num_lists, plan.num_seqs, *cut, B=B, BY_BLOCK=by_block, BL=BL, BC=BC, num_warps=2,
     )  # fmt: skip
     starts = counts.cumsum(0, dtype=torch.int32)  # three running sums, each begun where the one before ends
     num_pairs = chunk.rows * heads * N
