@@ -213,11 +213,13 @@ def bench_model(
     peers: Annotated[
         Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="norms and MLPs by torch.compile, in all models")] = False,
 ) -> None:
     """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
     from nsattn.bench.model import run
 
-    run(models=models, lengths=tuple(_lengths(lengths)), layers=layers, out=out, peers=peers, echo=_say)
+    sizes = {"lengths": tuple(_lengths(lengths)), "layers": layers}
+    run(models=models, **sizes, out=out, peers=peers, compiled=compiled, echo=_say)
 
 
 @bench.command("all")

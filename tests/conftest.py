@@ -15,6 +15,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; more threads only wait for each other
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each has a process for every core
 
 GARBAGE = 0x5A5A5A5A  # what uninitialised integers hold under test; as a block, a row or a count it is out of range
 

@@ -510,7 +510,7 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     from nsattn.bench import whole
 
     monkeypatch.setattr(selected, "TINY", selected.TINY[:2])
-    said, parts = [], ["selected", "attention", "decode", "model"]
+    said, parts = [], ["selected", "attention", "decode", "model", "model, compiled"]
 
     def sit(**options):
         session = Session(**options)
@@ -520,7 +520,7 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     assert sit(limit=0) == [*parts, "pictures", "report"]  # nothing to draw yet
     assert sit() == []
     files = {path.name: path.read_bytes() for path in (tmp_path / "cpu").glob("*.json")}
-    assert set(files) == {"selected.json", "attention.json", "decode.json", "models.json"}
+    assert set(files) == {"selected.json", "attention.json", "decode.json", "models.json", "models_compiled.json"}
     made = {path.name for path in (tmp_path / "cpu").iterdir()}
     assert {"report.html", "selected_groups_16x3.png", "models_16x4.png"} <= made
     assert sit() == [] and files == {name: (tmp_path / "cpu" / name).read_bytes() for name in files}  # all there
@@ -559,6 +559,10 @@ def test_models_run_without_a_gpu(tmp_path):
     with pytest.raises(ValueError, match="models are Llama-3-8B.*got GPT-5"):
         model.run(models="GPT-5", echo=said.append)
     assert all(r.ok for r in rows) and len(model.ratios(rows, "qmajor", "auto", "train")) == 1
+    compiled = model.run(compiled=True, echo=said.append)
+    assert {(r.phase, r.attention) for r in compiled} == both and all(r.compiled for r in compiled)
+    with pytest.raises(ValueError, match="models.json holds models that are not compiled. Name another file"):
+        model.run(compiled=True, out=out, echo=said.append)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
         model.read(tmp_path / "bad.json")

@@ -9,6 +9,10 @@ blocks it selected, gives what the reference does; theirs select by the first qu
 `attention_ms` is what a step takes beyond one whose attention returns the values: scores,
 softmax, and for NSA compression, selection and gates.
 
+Hugging Face layers run norms and activations as many small kernels, whatever the attention is. `compiled` has those and
+the MLP compiled by `torch.compile`, in all models alike, as one trains: what is left around the attention is the
+arithmetic of projections and MLP.
+
 The phase `overhead` is about one attention module, forward and backward, without its projections and norms: `ms` is all
 of it, `attention_ms` its kernels alone on the same tensors: compression and `nsattn.nsa_attention` (and the rotation of
 the few compressed keys). Between the two lie rotation, the sigmoid of the gates, and whatever copies. What the model
@@ -81,6 +85,7 @@ class ModelRow:
     peak_gib: float
     commit: str
     ok: bool = True
+    compiled: bool = False
 
 
 KEY = ("who", "model", "T", "B", "N", "phase", "attention")
@@ -88,7 +93,7 @@ KEY = ("who", "model", "T", "B", "N", "phase", "attention")
 
 def run(
     *, models: str = "", lengths: tuple[int, ...] = (8192, 16384, 32768, 65536), out: str = "", layers: int = 2,
-    peers: Path | None = None, echo: Echo, session: Session | None = None,
+    peers: Path | None = None, compiled: bool = False, echo: Echo, session: Session | None = None,
 ) -> list[ModelRow]:
     """Time every model, length and pair (B, N); rows that `out` already holds are kept unless timed again.
 
@@ -96,13 +101,14 @@ def run(
         models: comma-separated names of `MODELS`, default all.
         layers: at most so many; fewer where they do not fit.
         peers: where checkouts of peers lie; None times none.
+        compiled: norms and MLP by `torch.compile`. A file holds either such rows or others.
         session: which of them to skip and when to stop; default: those that `out` holds at this commit are skipped.
 
     Returns:
         The rows of the file.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: an unknown model; a file whose models are compiled and these are not, or the other way round.
     """
     wanted = [name.strip() for name in models.split(",")] if models else list(MODELS)
     if unknown := [name for name in wanted if name not in MODELS]:
@@ -113,13 +119,16 @@ def run(
         device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
     loaded = _load(peers, device, echo) if peers else []
     rows = one_machine(out, read(out)) if out and Path(out).exists() else []
+    if any(r.compiled != compiled for r in rows):
+        raise ValueError(f"{out} holds models that are {'not ' if compiled else ''}compiled. Name another file.")
     cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
-    for case in (session or Session()).each("model", cases, rows, _fields):
+    for case in (session or Session()).each("model, compiled" if compiled else "model", cases, rows, _fields):
         name, T, B, N = case
         for num in range(layers, 0, -1):
             try:
-                new = _bench(case, shapes[name], sizes[B, N], num, device, loaded, echo)
-                new.append(_overhead(case, shapes[name], sizes[B, N], device))
+                new = _bench(case, shapes[name], sizes[B, N], num, device, loaded, compiled, echo)
+                if not compiled:  # it has no norm and no MLP
+                    new.append(_overhead(case, shapes[name], sizes[B, N], device))
                 break
             except torch.cuda.OutOfMemoryError:
                 gc.collect()
@@ -157,11 +166,12 @@ def _load(folder: Path, device: str, echo: Echo) -> list[str]:
 
 def _bench(
     case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, layers: int, device: str,
-    loaded: Sequence[str], echo: Echo,
+    loaded: Sequence[str], compiled: bool, echo: Echo,
 ) -> list[ModelRow]:  # fmt: skip
     rows, calls, keys = [], [], []
     right: dict[str, bool] = dict.fromkeys(ATTENTION, True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.compiler.reset()  # else earlier lengths and models count against the limit of recompilations
     x = torch.randn(1, case[1], shape["hidden_size"], device=device, dtype=dtype) * 0.02
     dy = torch.randn_like(x)
     for kind in (*ATTENTION, *loaded, "none"):
@@ -170,6 +180,8 @@ def _bench(
             if kind in PEERS:
                 right[kind] = _right(kind, case[1], shape, config, device, dtype)
             model = _model(shape, layers, kind, config, device, dtype)
+            if compiled:
+                _compile(model, device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
             for phase in PHASES:
                 call = _step(model, optimizer, x, dy, phase, kind)
@@ -195,6 +207,7 @@ def _bench(
         rows.append(ModelRow(
             who=who, layers=layers, **_fields(case), phase=phase, attention=kind, ms=ms,
             attention_ms=ms - times[phase, "none"][0], peak_gib=peak, commit=commit(), ok=right[kind],
+            compiled=compiled,
         ))  # fmt: skip
     return rows
 
@@ -345,6 +358,15 @@ def _model(
         model = convert_to_nsa(model, config)
         model.config.nsa_impl = ("qmajor" if kind == "qmajor" else "auto") if device == "cuda" else "reference"
     return model
+
+
+def _compile(model: Any, device: str) -> None:
+    """Compile what is neither attention nor a projection of it."""
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    for layer in model.layers:
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            module.compile(backend=backend, dynamic=False)
+    model.norm.compile(backend=backend, dynamic=False)
 
 
 def _values(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -19,7 +19,7 @@ PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
 PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
 PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
-MOST_CALLS = 200
+LEAST_CALLS, MOST_CALLS = 5, 200  # five, so that a stall of the host is not the median
 GRAPH_TOKENS = 16384  # up to here the host's launches may take longer than the kernels: timed as CUDA graphs too
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
@@ -100,12 +100,12 @@ def _sample(call: Callable[[], object]) -> list[float]:
     call()  # what compiles and allocates is no measure of how long a call takes
     torch.cuda.synchronize()
     time.sleep(PAUSE)
-    start, end = timed()
+    tries = [timed() for _ in range(2)]
     torch.cuda.synchronize()
-    estimate = max(start.elapsed_time(end), 1e-3)
+    estimate = max(min(start.elapsed_time(end) for start, end in tries), 1e-3)
     for _ in range(min(MOST_CALLS, round(WARM_MS / estimate))):
         timed()
-    events = [timed() for _ in range(min(MOST_CALLS, max(1, round(MEASURE_MS / estimate))))]
+    events = [timed() for _ in range(min(MOST_CALLS, max(LEAST_CALLS, round(MEASURE_MS / estimate))))]
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
 

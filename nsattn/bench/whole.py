@@ -23,6 +23,9 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
         "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
+        "model, compiled": lambda: model.run(
+            out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo
+        ),
         "pictures": lambda: _draw(out, echo),
         "report": lambda: _report(out, echo),
     }

@@ -80,7 +80,7 @@ def gradient_tile(q: Tensor, v: Tensor, B: int) -> tuple[int, int, int, int]:
 @triton.jit
 def store_sum(p, p_rest, x, m, ADD: tl.constexpr):
     """Store x, with ADD after adding what is there; with p_rest, also what rounding takes off, so that sums go on as
-    if they had not been rounded."""
+    if they had not been rounded. What was rounded to infinity stays there."""
     if ADD:
         x += tl.load(p, mask=m, other=0.0)
     if p_rest is not None:
@@ -88,7 +88,8 @@ def store_sum(p, p_rest, x, m, ADD: tl.constexpr):
     y = x.to(p.dtype.element_ty)
     tl.store(p, y, mask=m)
     if p_rest is not None:
-        tl.store(p_rest, (x - y.to(x.dtype)).to(p_rest.dtype.element_ty), mask=m)
+        rest = tl.where(tl.abs(y.to(x.dtype)) < float("inf"), x - y.to(x.dtype), 0.0)
+        tl.store(p_rest, rest.to(p_rest.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["num_heads"])
