@@ -2,7 +2,7 @@
 
 - A line `::: nsattn.name` becomes the signature and the docstring of that object, `::: table support` the support table
   of `nsattn.dispatch`, `::: table times` and `::: table models` those of attention.json and models.json in
-  benchmarks/results/h200.
+  benchmarks/results/h200, `::: table times_h100` and `::: table models_h100` those in h100.
 - Pages from outside docs/ (`PAGES`) are part of the site.
 - Links go to files of the repository. Those that are no page of the site are copied into it.
 """
@@ -22,7 +22,7 @@ from nsattn import dispatch
 from nsattn.bench import model, summary
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "h200"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
     "examples/train_hf/README.md", "examples/quality/README.md", "examples/passkey/README.md",
@@ -32,8 +32,10 @@ PAGES = (
 )  # fmt: skip
 TABLES = {
     "support": dispatch.support_table,
-    "times": lambda: summary(RESULTS / "attention.json"),
-    "models": lambda: model.summary(RESULTS / "models.json"),
+    "times": lambda: summary(RESULTS / "h200" / "attention.json"),
+    "models": lambda: model.summary(RESULTS / "h200" / "models.json"),
+    "times_h100": lambda: summary(RESULTS / "h100" / "attention.json"),
+    "models_h100": lambda: model.summary(RESULTS / "h100" / "models.json"),
 }
 DIRECTIVE = re.compile(r"^::: (.+)$", re.M)
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)")

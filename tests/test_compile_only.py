@@ -53,17 +53,8 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("sm_80", "_sum_dq_kernel"): (8, f"only when it adds to another branch's dQ; {_UNTUNED}"),
     ("sm_80", "_gradient_kernel"): (4336, f"heads of 256 most; {_UNTUNED}"),
     ("sm_100", "_dense_dq_kernel"): (8, _UNTUNED),
-    ("gfx942", "_gradient_kernel"): (141, _UNTUNED),
+    ("gfx942", "_gradient_kernel"): (148, _UNTUNED),
     ("gfx942", "_partial_kernel"): (248, _UNTUNED),
-}
-
-# Kernels for Hopper: (most products that wait for the one before, why). They take longer than they need.
-SERIALISED: dict[str, tuple[int, str]] = {
-    "_dense_dkv_sm90_kernel": (
-        40,
-        "groups of one and compressed keys: the assembler says that something else defines a sum (C7515). Found on "
-        "2026-11-27 without a GPU at hand, so neither timed nor mended",
-    ),
 }
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -84,16 +75,15 @@ def test_compiles_without_spills(target, tmp_path):
     results = content["results"][target]
     assert content["never_launched"] == []
 
-    problems, used, waits = [], set(), set()
+    problems, used = [], set()
     for r in results:
-        waits |= {r["kernel"]} if r["serialised"] else set()
         where = f"{r['kernel']} ({r['config']}), for {r['cells'][0]}"
         key = (target, r["kernel"])
         if r["error"]:
             problems.append(f"{where}: {r['error']}")
         elif r["hazards"]:
             problems.append(f"{where}: {len(r['hazards'])} writes to registers in use, such as {r['hazards'][0]}")
-        elif len(r["serialised"]) > SERIALISED.get(r["kernel"], (0, ""))[0]:
+        elif r["serialised"]:
             problems.append(f"{where}: {len(r['serialised'])} products in a row, such as {r['serialised'][0]}")
         elif r["shared"] > SHARED_MEMORY[target]:
             problems.append(f"{where}: {r['shared']} bytes of shared memory, {SHARED_MEMORY[target]} exist")
@@ -105,6 +95,4 @@ def test_compiles_without_spills(target, tmp_path):
             problems.append(f"{where}: spills {r['spilled']} with {r['registers']} registers")
     stale = {key for key in ALLOWED if key[0] == target} - used
     problems += [f"{key}: allowed to spill, but does not" for key in sorted(stale)]
-    if target == "sm_90":
-        problems += [f"{name}: allowed to wait, but does not" for name in sorted(SERIALISED.keys() - waits)]
     assert not problems, "\n".join([f"{len(problems)} of {len(results)} configurations:", *problems])

@@ -64,21 +64,22 @@ def check(plan, select):
         lists, slots = naive(block_idx, plan, chunk)
         for span in (None, 64):
             got = invert(block_idx, plan, chunk, cut=CUT, span=span)
-            found, slices, lengths = {}, [], plan.cu_q.diff().tolist()
+            found, slices, shares, lengths = {}, [], [], plan.cu_q.diff().tolist()
             for head, sequence, block, first, count, slot in got.items.tolist():
-                assert 0 <= count <= (5 if lengths[sequence] <= 100 else 7)
+                most = 5 if lengths[sequence] <= 100 else 7
+                assert 0 <= count <= most
                 if count:
                     found.setdefault((head, sequence, block), []).extend(got.tokens[first : first + count].tolist())
                     slices += [slot] if slot >= 0 else []
+                    shares.append(8 if count == most else count * 8 // most)
             if span is None:
-                assert found == lists
-                order = [(s, block, head) for head, s, block in found]
-                assert got.by_block and order == sorted(order)
+                assert found == lists and got.by_block
+                assert shares == sorted(shares, reverse=True)  # in eighths of a whole item: the longest start first
             else:
                 assert {key: sorted(rows) for key, rows in found.items()} == lists
                 if plan.num_seqs == 1:  # a range of tokens comes whole before the next
                     assert found == lists
-            assert slices == list(range(len(slices))) and len(slices) <= got.num_slices
+            assert sorted(slices) == list(range(len(slices))) and len(slices) <= got.num_slices
             assert int((got.inverse >= 0).sum()) == len(slots)
             for (row, head, _), n in slots.items():
                 assert got.tokens[got.inverse[row - chunk.row0, head, n]] == row

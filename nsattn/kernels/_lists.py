@@ -12,7 +12,7 @@ query tokens) a 64-bit word that tells which tokens of the tile chose the block.
 2. popular, where asked for: blocks that many neighbouring tokens chose leave the lists for a table of their own.
 3. count: running totals of the words' bit counts along the tiles give each word its place in its list.
 4. place: a pair's place is that of its word plus the number of lower bits in it.
-5. items: cut the lists.
+5. items: cut the lists, and without token ranges sort the items, the longest first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from nsattn.plan import TILE, Plan
 
 SLACK = 64 << 20  # what lists and tables may take beyond the workspace, which counts for the partials
 TILE_ROWS = tl.constexpr(TILE)
+# By how many pairs they have, items are sorted into these: whole ones first, then by eighths of a whole one. Programs
+# that take long start first, or the last of them would run alone.
+SIZES = 9
 
 
 class Popular(NamedTuple):
@@ -134,11 +137,12 @@ def lists_bytes(
     lists, pairs = heads * ranges * plan.total_blk, rows * heads * N
     words = heads * plan.total_blk * columns
     # int32: token and place of each pair, items, running sums; place and (int64) mask of each word, counts
-    lists_of = 2 * pairs + 6 * (lists + cut.pieces(plan, rows, heads, N)) + 3 * (lists + 1)
+    sums = (2 + (1 if span else SIZES)) * lists + 3
+    lists_of = 2 * pairs + 6 * (lists + cut.pieces(plan, rows, heads, N)) + sums
     if popular:
         tiles = min(plan.q_tiles.shape[0], rows // TILE + plan.num_seqs + 1)
         lists_of += tiles * popular.parts * heads * (3 * popular.most(N) + 1)
-    return 4 * lists_of, 4 * (3 * words + 3 * (lists + 1))
+    return 4 * lists_of, 4 * (3 * words + sums)
 
 
 Size = Callable[[int, int, int], int]  # scratch in bytes for so many query rows, KV heads and query heads per KV head
@@ -309,10 +313,11 @@ def most_pairs(CU_Q, i_s, pairs, short_pairs, short):
 ])
 def _count_kernel(
     MASKS, PLACES, COUNTS, CU_Q, CU_K, CU_BLK, row0, num_blk, columns, span, heads, ranges, num_lists, num_seqs,
-    pairs, short_pairs, short, B: tl.constexpr, BY_BLOCK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    pairs, short_pairs, short, B: tl.constexpr, BY_BLOCK: tl.constexpr, SIZES: tl.constexpr,
+    BL: tl.constexpr, BC: tl.constexpr,
 ):
     """Pass 3, for BL blocks and one token range of one KV head: place of each word in its list, length of the lists,
-    and into how many items they are cut (the same again where that is more than one: slices)."""
+    and into how many items of each of SIZES sizes they are cut; where that is more than one, also how many: slices."""
     i_range, i_h = tl.program_id(1), tl.program_id(2)
     blk = tl.program_id(0) * BL + tl.arange(0, BL)
     m_blk = blk < num_blk
@@ -338,14 +343,24 @@ def _count_kernel(
         total += tl.sum(count, 1)
     i_list = _list_of(i_h, i_range, blk, heads, ranges, num_blk, BY_BLOCK)
     most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
-    pieces = (total + most - 1) // most
+    whole, rest = total // most, total % most
+    pieces = whole + (rest > 0).to(tl.int32)
     p = COUNTS + 1 + i_list
+    p_items = p + num_lists + 1
+    p_slices = p_items + SIZES * num_lists + 1
     tl.store(p, total, mask=m_blk)
-    tl.store(p + num_lists + 1, pieces, mask=m_blk)
-    tl.store(p + 2 * (num_lists + 1), tl.where(pieces > 1, pieces, 0), mask=m_blk)
+    if SIZES == 1:
+        tl.store(p_items, pieces, mask=m_blk)
+    else:
+        tl.store(p_items, whole, mask=m_blk)
+        size = tl.where(rest > 0, SIZES - 1 - rest * (SIZES - 1) // most, 0)
+        for i in tl.static_range(1, SIZES):
+            tl.store(p_items + i * num_lists, (size == i).to(tl.int32), mask=m_blk)
+    tl.store(p_slices, tl.where(pieces > 1, pieces, 0), mask=m_blk)
     if (tl.program_id(0) == 0) & (i_range == 0) & (i_h == 0):
-        for i in range(3):
-            tl.store(COUNTS + i * (num_lists + 1), 0)
+        tl.store(COUNTS, 0)
+        tl.store(COUNTS + num_lists + 1, 0)
+        tl.store(COUNTS + num_lists + 1 + SIZES * num_lists + 1, 0)
 
 
 @triton.jit(do_not_specialize=[
@@ -400,34 +415,38 @@ def _place_kernel(
 ])
 def _items_kernel(
     STARTS, CU_Q, CU_BLK, ITEMS, num_lists, num_items, num_blk, heads, ranges, num_seqs, pairs, short_pairs, short,
-    BY_BLOCK: tl.constexpr, BI: tl.constexpr,
+    BY_BLOCK: tl.constexpr, SIZES: tl.constexpr, BI: tl.constexpr,
 ):
     """Pass 5: the six numbers of BI items, see `BlockLists.items`; unused items get no pairs."""
     FIRST = STARTS + num_lists + 1  # the running sums of items and of slices begin where those before them end
-    SLICES = FIRST + num_lists + 1
+    SLICES = FIRST + SIZES * num_lists + 1
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     m = i < num_items
-    # The last list whose first item is at most i; empty lists share that number with the next and come before it.
+    # The last list of a size whose first item is at most i; those with none share that number with the next and come
+    # before it.
     item0 = tl.load(FIRST)
-    i_list = tl.minimum(last_at_most(FIRST, num_lists + 1, item0 + i), num_lists - 1)
-    first_item = tl.load(FIRST + i_list) - item0
-    items_here = tl.load(FIRST + i_list + 1) - item0 - first_item
-    piece = i - first_item
+    entry = tl.minimum(last_at_most(FIRST, SIZES * num_lists + 1, item0 + i), SIZES * num_lists - 1)
+    size, i_list = entry // tl.maximum(num_lists, 1), entry % tl.maximum(num_lists, 1)
+    offset = item0 + i - tl.load(FIRST + entry)
+    exists = offset < tl.load(FIRST + entry + 1) - tl.load(FIRST + entry)
     if BY_BLOCK:
         block, head = i_list // heads, i_list % heads
     else:
         block, head = i_list % num_blk, i_list // (num_blk * ranges)
     seq = tl.minimum(last_at_most(CU_BLK, num_seqs + 1, block), num_seqs - 1)
     most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
-    first = tl.load(STARTS + i_list) + piece * most
-    count = tl.minimum(tl.load(STARTS + i_list + 1) - first, most)
-    slot = tl.where(items_here > 1, tl.load(SLICES + i_list) - tl.load(SLICES) + piece, -1)
+    start = tl.load(STARTS + i_list)
+    total = tl.load(STARTS + i_list + 1) - start
+    piece = tl.where(size == 0, offset, total // most)  # the rest of a list is its last piece
+    first = start + piece * most
+    count = tl.minimum(total - piece * most, most)
+    slot = tl.where(total > most, tl.load(SLICES + i_list) - tl.load(SLICES) + piece, -1)
     p = ITEMS + i * 6
     tl.store(p, head, mask=m)
     tl.store(p + 1, seq, mask=m)
     tl.store(p + 2, block - tl.load(CU_BLK + seq), mask=m)
     tl.store(p + 3, first, mask=m)
-    tl.store(p + 4, tl.where(piece < items_here, tl.maximum(count, 0), 0), mask=m)
+    tl.store(p + 4, tl.where(exists, tl.maximum(count, 0), 0), mask=m)
     tl.store(p + 5, slot, mask=m)
 
 
@@ -441,8 +460,8 @@ def invert(
         chunk: rows and KV heads to take.
         cut: the longest piece of a list that one program gets.
         span: cut every list by ranges of so many tokens of its sequence, and walk all blocks of a range before the
-            next, KV head by KV head: the queries of a range then stay in the L2 cache. Default: no ranges, and block by
-            block, because the first blocks of a sequence have the longest lists and should start first.
+            next, KV head by KV head: the queries of a range then stay in the L2 cache. Default: no ranges, and the
+            longest items first.
         popular: which blocks leave the lists for a table of their own. Default: none.
     """
     N, B, device = block_idx.shape[-1], plan.config.slc_block, block_idx.device
@@ -478,11 +497,12 @@ def invert(
             num_warps=2,
         )  # fmt: skip
     places = torch.empty_like(masks, dtype=torch.int32)
-    counts = torch.empty(3 * (num_lists + 1), dtype=torch.int32, device=device)
+    item_sizes = SIZES if by_block else 1
+    counts = torch.empty((2 + item_sizes) * num_lists + 3, dtype=torch.int32, device=device)
     BL, BC = 4, 128
     _count_kernel[(cdiv(num_blk, BL), ranges, heads)](
         masks, places, counts, plan.cu_q, plan.cu_k, plan.cu_blk, row0, num_blk, columns, span_columns, heads, ranges,
-        num_lists, plan.num_seqs, *cut, B=B, BY_BLOCK=by_block, BL=BL, BC=BC, num_warps=2,
+        num_lists, plan.num_seqs, *cut, B=B, BY_BLOCK=by_block, SIZES=item_sizes, BL=BL, BC=BC, num_warps=2,
     )  # fmt: skip
     starts = counts.cumsum(0, dtype=torch.int32)  # three running sums, each begun where the one before ends
     num_pairs = chunk.rows * heads * N
@@ -498,9 +518,9 @@ def invert(
     BI = 128
     _items_kernel[(cdiv(num_items, BI),)](
         starts, plan.cu_q, plan.cu_blk, items, num_lists, num_items, num_blk, heads, ranges, plan.num_seqs, *cut,
-        BY_BLOCK=by_block, BI=BI,
+        BY_BLOCK=by_block, SIZES=item_sizes, BI=BI,
     )  # fmt: skip
-    slices = starts[2 * (num_lists + 1) :].unfold(0, 2, 1)
+    slices = starts[-num_lists - 1 :].unfold(0, 2, 1)
     return BlockLists(tokens, inverse, items, slices, cut.slices(plan, chunk.rows, heads, N), by_block, table)
 
 
