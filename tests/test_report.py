@@ -91,6 +91,10 @@ def test_models(tmp_path):
     line = "| Llama-3-8B | 65536 | (64, 16) | 1.80 / 1.20 |  |  | 5.0% |"
     assert model.summary(tmp_path / "models.json").splitlines()[2:] == [line]
     assert model.summary(tmp_path / "none.json") == "Not measured yet: there is no none.json."
+    assert "there is no models_compiled.json" in section(text, "Models, norms and MLPs compiled")
+    faster = [replace(r, ms=r.ms / 2, compiled=True) for r in rows[:2]]
+    model.save([*faster, rows[2]], str(tmp_path / "models_compiled.json"))
+    assert "<td>train</td><td>0.90x</td><td>0.60x</td>" in section(page(tmp_path), "Models, norms and MLPs compiled")
     assert "up to 1.20x" in section(text, "What the Flash Sparse Attention paper claims")
 
 

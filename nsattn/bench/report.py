@@ -1,7 +1,8 @@
 """`nsattn report`: one self-contained HTML page from the results files of `nsattn bench`.
 
-The page reads `attention.json`, `selected.json`, `decode.json` and `models.json` of a folder. A section whose file is
-missing says so; nothing is filled in. Pictures are SVG inside the page: no script, no font, nothing is fetched.
+The page reads `attention.json`, `selected.json`, `decode.json`, `models.json` and `models_compiled.json` of a folder. A
+section whose file is missing says so; nothing is filled in. Pictures are SVG inside the page: no script, no font, and
+nothing is fetched.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nsattn.bench.plots import PLAIN, legend_below, speedup_figure, stack, ticks
 from nsattn.bench.timing import Row, read_rows
 
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3", "#444444")
-FILES = ("attention", "selected", "decode", "models")
+FILES = ("attention", "selected", "decode", "models", "models_compiled")
 
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
 
@@ -43,11 +44,11 @@ def write(results: Path, out: Path) -> Path:
     found = {name: results / f"{name}.json" for name in FILES if (results / f"{name}.json").exists()}
     if not found:
         raise ValueError(f"{results} holds none of {', '.join(f'{n}.json' for n in FILES)}. Run nsattn bench first.")
-    rows = {name: read_rows(path) for name, path in found.items() if name != "models"}
-    models = read_models(found["models"]) if "models" in found else []
+    rows = {name: read_rows(path) for name, path in found.items() if not name.startswith("models")}
+    models = {name: read_models(path) for name, path in found.items() if name.startswith("models")}
     attention, selected = rows.get("attention", []), rows.get("selected", [])
     sections = [
-        ("Where it was measured", _environments(found, {**rows, "models": models})),
+        ("Where it was measured", _environments(found, {**rows, **models})),
         ("Time against the length", _against_length(attention)),
         ("Where the time goes", _stack(attention)),
         ("Selected attention against the group", _against_group(selected or attention)),
@@ -55,8 +56,9 @@ def write(results: Path, out: Path) -> Path:
         ("How far from the floor", _roofline(attention)),
         ("Memory beyond inputs and outputs", _memory(attention)),
         ("A decoding step", _decoding(rows.get("decode", []))),
-        ("Models", _models(models)),
-        ("What a module adds to its kernels", _overheads(models)),
+        ("Models", _models(models, "models")),
+        ("Models, norms and MLPs compiled", _models(models, "models_compiled")),
+        ("What a module adds to its kernels", _overheads(models.get("models", []))),
         ("What the Flash Sparse Attention paper claims", _table(paper.claims(paper.read(results)), wrap=True)),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -181,10 +183,11 @@ def _decoding(rows: list[Row]) -> str:
     return _table((head, lines)) if lines else _missing("decode")
 
 
-def _models(rows: list[ModelRow]) -> str:
+def _models(models: Mapping[str, list[ModelRow]], name: str) -> str:
+    rows = models.get(name, [])
     table = paper.model_table(rows)
     if not table[1]:
-        return _missing("models")
+        return _missing(name)
     figures = [speedup_figure([r for r in rows if (r.B, r.N) == pair]) for pair in sorted({(r.B, r.N) for r in rows})]
     return "".join(_svg(figure) for figure in figures if figure is not None) + _table(table)
 
