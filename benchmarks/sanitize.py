@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nsattn import NSAConfig, branches, dispatch
 from nsattn.environment import environment
-from nsattn.kernels._dense_sm90 import barrier
+from nsattn.kernels._dense_sm90 import COPY, SHARED, barrier
 from nsattn.testing import make_cache, make_compression, make_inputs, random_selection
 
 TOOLS = ("memcheck", "racecheck")
@@ -65,8 +65,6 @@ CASES = (
 )  # fmt: skip
 CONTROLS = (Case("control", "warp_specialize"), Case("control", "warp_specialize after a copy"))
 ALL = (*CASES, *CONTROLS)
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit

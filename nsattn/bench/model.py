@@ -171,7 +171,8 @@ def _bench(
     rows, calls, keys = [], [], []
     right: dict[str, bool] = dict.fromkeys(ATTENTION, True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.compiler.reset()  # else earlier lengths and models count against the limit of recompilations
+    if compiled:
+        torch.compiler.reset()  # else earlier lengths and models count against the limit of recompilations
     x = torch.randn(1, case[1], shape["hidden_size"], device=device, dtype=dtype) * 0.02
     dy = torch.randn_like(x)
     for kind in (*ATTENTION, *loaded, "none"):

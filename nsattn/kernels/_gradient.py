@@ -88,8 +88,8 @@ def store_sum(p, p_rest, x, m, ADD: tl.constexpr):
     y = x.to(p.dtype.element_ty)
     tl.store(p, y, mask=m)
     if p_rest is not None:
-        rest = tl.where(tl.abs(y.to(x.dtype)) < float("inf"), x - y.to(x.dtype), 0.0)
-        tl.store(p_rest, rest.to(p_rest.dtype.element_ty), mask=m)
+        rest = (x - y.to(x.dtype)).to(p_rest.dtype.element_ty)
+        tl.store(p_rest, tl.where(tl.abs(rest) < float("inf"), rest, 0.0), mask=m)
 
 
 @triton.jit(do_not_specialize=["num_heads"])
