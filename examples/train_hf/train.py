@@ -124,6 +124,7 @@ def main(argv: list[str]) -> dict[str, float]:
         draw(folder)
         bits = metrics["eval_loss"] / math.log(2)
         sys.stdout.write(f"held out: {bits:.4f} bits per byte after {trainer.state.global_step} steps; {folder}\n")
+    trainer.accelerator.end_training()  # a process that exits with its group alive may abort
     return metrics
 
 

@@ -36,8 +36,8 @@ SIZES = 9
 
 
 class Popular(NamedTuple):
-    """What makes a block popular with `tokens` neighbouring query tokens, counted from the start of a sequence: that
-    at least `fewest` of them chose it. Like `Cut`, it looks at nothing but the sequence."""
+    """What makes a block popular with `tokens` neighbouring query tokens, counted from the start of a tile: that at
+    least `fewest` of them chose it. Like `Cut`, it looks at nothing but the sequence."""
 
     tokens: int  # up to TILE
     fewest: int
