@@ -35,7 +35,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import nsattn.kernels
 from nsattn import NSAConfig, dispatch
 from nsattn.kernels import _plan, rotate_triton
-from nsattn.kernels._lists import Chunk, Cut, Popular, invert
+from nsattn.kernels._chunks import Chunk
+from nsattn.kernels._lists import Cut, Popular, invert
 from nsattn.testing import Inputs, make_cache, make_compression, make_inputs, random_selection
 from tests.products import disassemble, hazards, serialised
 

@@ -12,8 +12,8 @@ import torch
 
 import nsattn
 from nsattn import NSAConfig, checks, dispatch
+from nsattn.kernels._chunks import chunks
 from nsattn.kernels._gradient import Gradient, selected_cut, selected_size
-from nsattn.kernels._lists import chunks
 from nsattn.plan import make_plan
 from nsattn.testing import hostile_selection, make_inputs, random_selection
 

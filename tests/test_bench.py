@@ -33,6 +33,7 @@ from nsattn.bench.peers import fsa
 from nsattn.bench.session import Session
 from nsattn.bench.timing import Row, floor_ms, interleave, merge, percentiles, read_rows, save
 from nsattn.bench.truth import Truth
+from nsattn.bench.warm import fill, kinds
 from nsattn.cli import app
 from nsattn.environment import commit
 from nsattn.plan import make_plan
@@ -224,6 +225,35 @@ def test_a_split_run_gives_one_file(tmp_path, monkeypatch):
     assert len(read_rows(out)) == len(split)  # the same shapes again replace their rows
     notes = json.loads((tmp_path / "selected.json").read_text())["not_run"]
     assert len({tuple(n.values()) for n in notes}) == len(notes)
+
+
+def test_each_case_can_be_run_alone():
+    for name, case in choose(""):
+        only, members, shard, part, *_ = selected._alone(name, case, Path("peers"))
+        assert (only, shard) == ("--only", "--shard")
+        i, n = map(int, part.split("/"))
+        assert choose(members)[i::n] == [(name, case)]
+
+
+def test_compilers_run_first_once_for_each_kind_of_shape(monkeypatch):
+    chosen = kinds(choose(""))
+    assert len(chosen) < len(choose("")) / 3
+    dims = {(c.group, c.num_kv_heads, c.block, c.num_selected, c.head_dim, c.dtype) for _, c in choose("")}
+    assert {(c.group, c.num_kv_heads, c.block, c.num_selected, c.head_dim, c.dtype) for _, c in chosen} == dims
+    assert all(c.peers for _, c in chosen if c.group == 16 and c.num_selected == 16)  # which has cases without, too
+
+    said, ran, run = [], [], subprocess.run
+    monkeypatch.setattr("subprocess.run", lambda command, **more: ran.append(run(command, **more)))
+    tiny = [("tiny", case) for case in selected.TINY]
+    options = lambda named: selected._alone(*named, Path("nowhere"))  # noqa: E731
+    fill(tiny[:1], options, seconds=60, echo=said.append)
+    fill(tiny, options, seconds=60, echo=said.append)
+    assert len(said) == 1 and said[0].startswith("compiled for 2 kinds of shapes, ")
+    assert [done.returncode for done in ran] == [0, 0]
+    assert all(b"reference          forward ok, backward ok" in done.stdout for done in ran)
+    ran.clear()
+    fill(tiny, options, seconds=0, echo=said.append)  # stopped at once, and that is no error
+    assert not ran
 
 
 def test_check_only_times_nothing(tmp_path, monkeypatch):

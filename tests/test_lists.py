@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nsattn import NSAConfig
-from nsattn.kernels._lists import SLACK, Chunk, Cut, Popular, chunks, invert, lists_bytes
+from nsattn.kernels._chunks import SLACK, Chunk, chunks
+from nsattn.kernels._lists import Cut, Popular, invert, lists_bytes
 from nsattn.plan import TILE, make_plan
 from nsattn.testing import hostile_selection, make_inputs, random_selection
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import nsattn
 from nsattn import dispatch
 from nsattn.bench import peers
 from nsattn.bench.base import Base
-from nsattn.bench.cases import SELECTIONS, TINY, Case, choose, selected_keys, target_ms
+from nsattn.bench.cases import SELECTIONS, SETS, TINY, Case, choose, selected_keys, target_ms
 from nsattn.bench.peers import Call, Problem
 from nsattn.bench.session import Session
 from nsattn.bench.timing import (
@@ -48,6 +48,7 @@ from nsattn.bench.timing import (
     save,
 )
 from nsattn.bench.truth import Truth
+from nsattn.bench.warm import fill
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
@@ -92,12 +93,17 @@ def run(
     rows: list[Row] = []
     done: list[Case] = []
     mine = cases[shard[0] :: shard[1]]
-    for name, case in (session or Session(again=True)).each("selected", mine, older_rows(out), _fields):
+    session, older = session or Session(again=True), older_rows(out)
+    if device == "cuda" and not check_only:
+        todo = session.todo(mine, older, _fields)
+        fill(todo, lambda named: _alone(*named, folder), seconds=session.end - time.monotonic(), echo=echo)
+    for name, case in session.each("selected", mine, older, _fields):
         start = time.perf_counter()
         new, notes = _bench(name, case, loaded, device, rounds=0 if check_only else rounds, echo=echo)
         rows += new
         if base and not check_only:
-            rows += base.rows("selected", *_alone(name, case, cases), "--rounds", f"{rounds}", echo=echo)
+            alone = _alone(name, case, Path(os.devnull))
+            rows += base.rows("selected", *alone, "--rounds", f"{rounds}", echo=echo)
         not_run += notes
         done.append(case)
         for missed in notes:
@@ -113,11 +119,11 @@ def _fields(named: tuple[str, Case]) -> dict[str, Any]:
     return {"set": name, "selection": case.selection, **case.shape}
 
 
-def _alone(name: str, case: Case, cases: Sequence[tuple[str, Case]]) -> tuple[str, ...]:
-    """Options of `nsattn bench selected` that name one case of ours, without peers from a folder."""
-    members = [other for other_name, other in cases if other_name == name]
-    only = () if name == "tiny" else ("--only", name)
-    return *only, "--shard", f"{members.index(case)}/{len(members)}", "--peers", os.devnull
+def _alone(name: str, case: Case, folder: Path) -> tuple[str, ...]:
+    """Options of `nsattn bench selected` that name one case and the folder of its peers."""
+    members = SETS.get(name, TINY)
+    only = ("--only", name) if name in SETS else ()
+    return *only, "--shard", f"{members.index(case)}/{len(members)}", "--peers", f"{folder}"
 
 
 def _load(folder: Path, device: str) -> tuple[Loaded, list[dict[str, str]]]:

@@ -36,12 +36,18 @@ class Session:
         self.end = time.monotonic() + (math.inf if limit is None else limit)
         self.left: list[str] = []  # a line for each bench that was not finished
 
+    def todo(
+        self, cases: Sequence[T], rows: Sequence[Timed], fields: Callable[[T], Mapping[str, object]]
+    ) -> list[T]:
+        """The cases to time. `fields(case)` is what a row of the case holds, `rows` are those that there are."""
+        done = [] if self.again else [vars(row) for row in rows if (row.who, row.commit) == (OURS, commit())]
+        return [case for case in cases if not any(fields(case).items() <= row.items() for row in done)]
+
     def each(
         self, bench: str, cases: Sequence[T], rows: Sequence[Timed], fields: Callable[[T], Mapping[str, object]]
     ) -> Iterator[T]:
-        """The cases to time now. `fields(case)` is what a row of the case holds, `rows` are those that there are."""
-        done = [] if self.again else [vars(row) for row in rows if (row.who, row.commit) == (OURS, commit())]
-        todo = [case for case in cases if not any(fields(case).items() <= row.items() for row in done)]
+        """Those of `todo`, one by one while there is time."""
+        todo = self.todo(cases, rows, fields)
         with _bar() as bar:
             task = bar.add_task(bench, total=len(cases), completed=len(cases) - len(todo))
             for i, case in enumerate(todo):

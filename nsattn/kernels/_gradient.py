@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsattn.kernels._lists import BlockLists, Chunk, Cut, Size, chunks, invert, lists_bytes, load_item
+from nsattn.kernels._chunks import Chunk, Size, chunks
+from nsattn.kernels._lists import BlockLists, Cut, invert, lists_bytes, load_item
 from nsattn.kernels._tile import (
     LOG2E,
     bounds,

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsattn.kernels._chunks import Chunk, Size, chunks
 from nsattn.kernels._gradient import Gradient, Pair, backward_bytes, selected_dkv
-from nsattn.kernels._lists import BlockLists, Chunk, Cut, Popular, Size, chunks, invert, lists_bytes
+from nsattn.kernels._lists import BlockLists, Cut, Popular, invert, lists_bytes
 from nsattn.kernels._tile import cdiv, load_rows, lse_dtype, next_power_of_2, row_delta, softmax_finish, store_rows
 from nsattn.plan import Plan
 

@@ -22,8 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from nsattn.kernels._chunks import Chunk
 from nsattn.kernels._dense_sm90 import barrier
-from nsattn.kernels._lists import Chunk, PopularBlocks
+from nsattn.kernels._lists import PopularBlocks
 from nsattn.kernels._tile import LOG2E, cdiv
 from nsattn.plan import TILE, Plan
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsattn.kernels._chunks import Chunk
 from nsattn.kernels._gradient import UNLIMITED, Gradient, KeyBlocks, key_rest, slice_bytes, walk_keys
-from nsattn.kernels._lists import BlockLists, Chunk, Cut, most_pairs
+from nsattn.kernels._lists import BlockLists, Cut, most_pairs
 from nsattn.kernels._tile import bounds, cdiv, last_at_most
 from nsattn.plan import Plan
 
