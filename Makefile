@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/nsattn train --preset tiny --out $(DEMO_OUT)
 
 docs: $(READY)
-	$(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m mkdocs build --strict
 
 # The transformers tests run twice: against the newest version and the oldest that is supported.
 test: lint $(HF)

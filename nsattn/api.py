@@ -8,11 +8,13 @@ Common arguments:
     softmax_scale: factor of the scores. Default `1 / sqrt(D)`.
     config: block sizes, `NSAConfig`. Default: the paper's.
     cu_seqlens, max_seqlen: where packed sequences start, int32 `[n + 1]`, and an optional upper bound on their length,
-        which only sizes scratch memory. Nothing here waits for the GPU, with or without it.
+        which sizes scratch memory. Nothing here waits for the GPU, with or without it; so a bound that is too low is
+        found on a CPU only, and on a GPU gives wrong results.
     cu_seqlens_k, max_seqlen_k: the same for keys, where they are not as many as the queries.
     plan: all of that in one object (`make_plan`), to build it once for many layers instead of in every call.
-    impl: `auto`, `reference`, `triton`, or for the selected branch `kvmajor_sm90`, `kvmajor`, `qmajor`. See
-        `nsattn why`.
+    impl: `auto`, `reference`, `triton` (kernels for any GPU), or for the selected branch `kvmajor_sm90`, `kvmajor`,
+        `qmajor` (the other operations keep their best). A single operation also takes its own names, such as
+        `triton_sm90`. See `nsattn why`.
     workspace: bytes of scratch memory that one operation may use.
 
 Common errors: TypeError and ValueError for arguments that do not fit, with what was got, what is needed and what to do;
@@ -111,8 +113,10 @@ def nsa_attention(
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
     if k_cmp is not None and v_cmp is not None:
         checks.check_pair(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
+        checks.check_head_dim(v, v_cmp, "v_cmp")
     if k_win is not None and v_win is not None:
         checks.check_pair(q, k_win, v_win, ("k_win", "v_win"))
+        checks.check_head_dim(v, v_win, "v_win")
         checks.check_rows("k_win", _packed(k_win), plan.total_k, "keys")
     options = {"softmax_scale": softmax_scale, "plan": plan, "impl": impl}
 
@@ -163,8 +167,9 @@ def compress(
             `gated`, (weight `[Hkv, D]`, pe `[Hkv, l]`): sum_j softmax_j(x_j . weight + pe_j) * x_j.
 
     Returns:
-        `[T // d, Hkv, Do]` packed: the rows of sequence s start at `plan.cu_cmp[s]`, rows past the last are zero; or
-        `[Bsz, blocks, Hkv, Do]` batched. Dtype of x. A sequence shorter than l has no rows.
+        `[plan.total_cmp, Hkv, Do]` packed, `T // d` rows or fewer where lengths or `max_seqlen` show that they suffice:
+        those of sequence s start at `plan.cu_cmp[s]`, rows past the last are zero; or `[Bsz, blocks, Hkv, Do]` batched.
+        Dtype of x. A sequence shorter than l has no rows. Give the same lengths, or the plan, to what reads them.
 
     Raises:
         TypeError, ValueError, NotImplementedError: see the module's docstring.
@@ -442,8 +447,11 @@ def _plan(
 ) -> Plan:
     """The plan of a call: the given one, or one made from lengths. `k` None: as many keys as queries."""
     checks.check_lengths(q, cu_seqlens, plan, max_seqlen)
+    checks.check_lengths(q, cu_seqlens_k, plan, max_seqlen_k, keys=True)
+    checks.check_config(config)
+    if plan is not None and config is not DEFAULT_CONFIG:
+        checks.check_plan_config(plan, config)
     if plan is None:
-        checks.check_config(config)
         if q.dim() == 4:
             cu_seqlens, max_seqlen = uniform_cu_seqlens(q.shape[0], q.shape[1], q.device), q.shape[1]
             if k is not None and k.shape[1] != q.shape[1]:

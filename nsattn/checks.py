@@ -97,24 +97,40 @@ def check_cu_seqlens(name: str, cu: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got stride {cu.stride()}. Use .contiguous().")
 
 
-def check_lengths(x: Tensor, cu: Tensor | None, plan: Plan | None, max_seqlen: int | None) -> None:
-    """Packed input says where its sequences are; batched input must not."""
+def check_lengths(
+    x: Tensor, cu: Tensor | None, plan: Plan | None, max_seqlen: int | None, *, keys: bool = False
+) -> None:
+    """Packed input says where its sequences are, and maybe (`keys`) those of its keys; batched input must not."""
+    name, bound = ("cu_seqlens_k", "max_seqlen_k") if keys else ("cu_seqlens", "max_seqlen")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must come from nsattn.make_plan, got {type(plan).__name__}.")
     if plan is not None and (cu is not None or max_seqlen is not None):
-        raise ValueError("plan already holds the lengths: got plan and cu_seqlens or max_seqlen. Pass one of the two.")
+        raise ValueError(f"plan already holds the lengths: got plan and {name} or {bound}. Pass one of the two.")
     if plan is not None and plan.cu_q.device != x.device:
         raise ValueError(
             f"plan must be on the device of the data, got {plan.cu_q.device} and {x.device}. Make one there."
         )
     if x.dim() == 4 and cu is not None:
         raise ValueError(
-            "cu_seqlens describes packed [T, H, D] input, got 4 dimensions. Flatten the batch or drop cu_seqlens."
+            f"{name} describes packed [T, H, D] input, got 4 dimensions. Flatten the batch or drop {name}."
         )
-    if x.dim() == 3 and cu is None and plan is None:
+    if x.dim() == 4 and x.shape[0] == 0:
+        raise ValueError(f"a batch must have at least one sequence, got shape {tuple(x.shape)}. Skip the call.")
+    if x.dim() == 3 and cu is None and plan is None and not keys:
         raise ValueError("packed [T, H, D] input needs cu_seqlens (or plan). One sequence: cu_seqlens=[0, T], int32.")
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 0):
-        raise ValueError(f"max_seqlen must be an int >= 0, got {max_seqlen!r}. It is an upper bound on the lengths.")
+        raise ValueError(f"{bound} must be an int >= 0, got {max_seqlen!r}. It is an upper bound on the lengths.")
+
+
+def check_head_dim(v: Tensor, other: Tensor, name: str) -> None:
+    """All values have one head dim, that of the output."""
+    if other.shape[-1] != v.shape[-1]:
+        raise ValueError(f"{name} must have the head dim of v, got {other.shape[-1]} and {v.shape[-1]}. Match them.")
+
+
+def check_plan_config(plan: Plan, config: NSAConfig) -> None:
+    if plan.config != config:
+        raise ValueError(f"plan must be made for the config of the call, got {plan.config} and {config}. Make another.")
 
 
 def check_rows(name: str, x: Tensor, rows: int, axis: str) -> None:

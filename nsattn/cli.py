@@ -68,6 +68,8 @@ def why(
     """Which implementation a shape gets, and why not the others."""
     num_heads, num_kv_heads = _head_counts(heads)
     kind = getattr(torch, dtype, None)
+    if slc_block < 1 or num_selected < 1 or length < 1:
+        raise typer.BadParameter(f"sizes must be at least 1, got {slc_block}, {num_selected} and {length}")
     if kind not in FLOATS:
         raise typer.BadParameter(f"dtype must be bfloat16, float16, float32 or float64, got {dtype!r}")
     shape = dispatch.Shape(
@@ -150,7 +152,7 @@ def bench_attention(
     ] = None,
     base: BaseOption = "",
 ) -> None:
-    """Time every operation, forward and backward, beside dense attention. Without sizes: more, see benchmarks/."""
+    """Time all operations, forward and backward, beside dense attention. No sizes: more, see benchmarks/README.md."""
     from nsattn.bench.attention import run
     from nsattn.bench.base import checkout, compare
 
@@ -215,7 +217,7 @@ def bench_model(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="norms and MLPs by torch.compile, in all models")] = False,
 ) -> None:
-    """Time training steps and prefill of model shapes with dense attention and with NSA. Needs nsattn[hf]."""
+    """Time training steps and prefill of model shapes with dense attention and with NSA. Needs the extra hf."""
     from nsattn.bench.model import run
 
     sizes = {"lengths": tuple(_lengths(lengths)), "layers": layers}

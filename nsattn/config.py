@@ -15,8 +15,9 @@ class NSAConfig:
     Args:
         cmp_block: l, tokens that one compressed key covers. A multiple of `cmp_stride`.
         cmp_stride: d, tokens between the starts of neighbouring compressed keys.
-        slc_block: B, tokens of a selection block. A multiple of `cmp_stride`; kernels take 16, 32, 64, 128.
-        num_selected: N, selected blocks per query token and KV head, the forced ones counted. 1 to 64.
+        slc_block: B, tokens of a selection block: 16, 32, 64 or 128, and a multiple of `cmp_stride`.
+        num_selected: N, selected blocks per query token and KV head, the forced ones counted. 1 to 64, and at
+            least `init_blocks + local_blocks`.
         window: w, tokens of the sliding window, the query's own token counted. At least 1.
         init_blocks: blocks at the start of a sequence that every token selects.
         local_blocks: latest blocks, the current one counted, that every token selects.

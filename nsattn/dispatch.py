@@ -6,6 +6,7 @@ same cells. An implementation that is asked for by name is used or refused, neve
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -19,6 +20,7 @@ SLC_BLOCKS = (16, 32, 64, 128)
 MAX_GROUP = 64
 MAX_SELECTED = 64
 MAX_BLOCKS = 16384  # selection blocks of one sequence that block selection holds in registers
+GENERATION_TRITON = (3, 6)  # what kernels for one generation of GPUs are written for; older Gluon lacks parts of it
 
 
 
@@ -85,7 +87,7 @@ class Cell:
     costs: tuple[Cost, Cost] | None = None  # forward, backward; where an operation has several kernels
 
 
-_REFERENCE = Cell("reference", "plain torch, the definition; memory quadratic in the length", is_kernel=False)
+_REFERENCE = Cell("reference", "plain torch, the definition: any size, slow", is_kernel=False)
 
 TABLE: dict[str, dict[str, Cell]] = {
     "compress": {
@@ -170,6 +172,17 @@ def capability(device: str, index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index)
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_version() -> tuple[int, ...] | None:
+    """Of the Triton that is installed, such as (3, 6); None if there is none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def interpreting() -> bool:
     """Triton runs its kernels on the CPU (`TRITON_INTERPRET=1`, for tests: slow)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -188,6 +201,10 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
     if cell.generation is not None and (on_cpu or shape.capability is None or shape.capability[0] != cell.generation):
         got = ".".join(map(str, shape.capability)) if shape.capability else "none"
         machine.append(f"needs a GPU of compute capability {cell.generation}.x, got {got}")
+    installed = None if cell.generation is None else triton_version()
+    if installed is not None and installed < GENERATION_TRITON:
+        needed, got = (".".join(map(str, version)) for version in (GENERATION_TRITON, installed))
+        machine.append(f"needs Triton {needed} or later, got {got}")
     dims = (16, *cell.head_dims) if on_cpu else cell.head_dims  # 16 keeps interpreted tests small
     for name, value in (("head dim D", shape.head_dim), ("value head dim Dv", shape.v_head_dim)):
         if value is not None and value not in dims:

@@ -16,13 +16,23 @@ from nsattn.rotary import rotary_tables, rotate
 
 
 class Compressor(nn.Module):
-    """Eq 7 with learned parameters: phi of `nsattn.compress`, one set per KV head.
+    """Eq 7 with learned parameters: phi of `nsattn.compress` of the l rows x_j of a block, one set per KV head.
 
     Args:
-        method: `mean`, `linear`, `mlp` or `gated`, see `nsattn.compress`.
-        num_kv_heads, head_dim: sizes of what is compressed.
+        method: phi, with these parameters for each KV head:
+            `mean`: mean_j x_j, without parameters.
+            `linear`: sum_j x_j @ weight_j + bias. weight `[l, D, D]`, bias `[D]`.
+            `mlp`: silu(sum_j (x_j + pe_j) @ w1_j + b1) @ w2 + b2. pe `[l, D]`, w1 `[l, D, F]`, b1 `[F]`, w2 `[F, D]`,
+                b2 `[D]`.
+            `gated`: sum_j softmax_j(x_j . weight + pe_j) * x_j. weight `[D]`, pe `[l]`.
+        num_kv_heads, head_dim: Hkv and D of what is compressed.
         config: block sizes.
-        hidden: width F of the MLP. Default: head_dim.
+        hidden: F. Default: head_dim.
+
+    Shapes: `forward(x, plan)` takes packed `[total_k, Hkv, D]` and returns `[total_cmp, Hkv, D]`.
+
+    Raises:
+        ValueError: an unknown method. `forward` raises what `nsattn.compress` does.
 
     `linear` and `gated` start as the mean of the block; `mlp` starts random with unit gain.
     """
@@ -56,8 +66,8 @@ class Compressor(nn.Module):
             p.zero_()
         if self.method == "linear":
             weight = params["weight"]
-            l, dim = weight.shape[1:3]
-            weight.add_(torch.eye(dim, device=weight.device, dtype=weight.dtype) / l)
+            here = getattr(weight, "to_local", lambda: weight)()  # FSDP2 gives a part of the heads, which are all alike
+            here.diagonal(dim1=-2, dim2=-1).fill_(1 / weight.shape[1])
         elif self.method == "mlp":
             l, dim, hidden = params["w1"].shape[1:]
             params["pe"].normal_(std=0.02)
@@ -66,8 +76,18 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
         """x packed `[total_k, Hkv, D]` -> `[total_cmp, Hkv, D]`."""
-        params = tuple(self.get_parameter(name) for name in self.names)
+        # not get_parameter: FSDP1, DataParallel and functional_call put plain tensors in the place of parameters
+        params = tuple(getattr(self, name) for name in self.names)
         return api.compress(x, method=self.method, params=params, plan=plan, impl=impl)
+
+
+class GateProjection(nn.Linear):
+    """Gates before the sigmoid. All zero at first, also where `reset_parameters` fills a model made on `meta`."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for p in self.parameters():
+            p.zero_()
 
 
 class NSAttention(nn.Module):
@@ -120,7 +140,7 @@ class NSAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}. Change one of them."
             )
@@ -138,11 +158,9 @@ class NSAttention(nn.Module):
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias, **factory)
         self.v_proj = nn.Linear(dim, kv_heads * self.v_head_dim, bias=qkv_bias, **factory)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, dim, bias=False, **factory)
-        self.gate_proj = nn.Linear(dim, num_heads * 3, **factory)
+        self.gate_proj = GateProjection(dim, num_heads * 3, **factory)
         self.compress_k = Compressor(compression, num_kv_heads, self.head_dim, self.config, **factory)
         self.compress_v = Compressor(compression, num_kv_heads, self.v_head_dim, self.config, **factory)
-        nn.init.zeros_(self.gate_proj.weight)
-        nn.init.zeros_(self.gate_proj.bias)
 
     def forward(
         self,
@@ -189,13 +207,14 @@ class NSAttention(nn.Module):
             out = api.nsa_attention(q, **kept, gates=gates, plan=plan, return_lse=True, impl=self.impl)
             assert isinstance(out, api.NSAOutput)
             o, block_idx = out.o, out.block_idx
-        y = self.o_proj(o.flatten(1)).view(*x.shape[:-1], -1)
+        y = self.o_proj(o.flatten(1)).view_as(x)
         return (y, block_idx) if return_selection else y
 
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Plan | None) -> Plan:
         checks.check_tensor("x", x, (2, 3), "[T, dim] (packed) or [Bsz, S, dim]")
         checks.check_lengths(x.unsqueeze(-1), cu_seqlens, plan, max_seqlen)  # as [T, dim, 1]: same rules as for q
         if plan is not None:
+            checks.check_plan_config(plan, self.config)
             return plan
         if x.dim() == 3:
             cu_seqlens, max_seqlen = uniform_cu_seqlens(x.shape[0], x.shape[1], x.device), x.shape[1]

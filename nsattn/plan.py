@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec as _find_spec
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -177,20 +178,24 @@ def make_plan(
         cu_seqlens: int32 `[n + 1]`, ascending from 0; sequence s owns query rows `cu_seqlens[s] : cu_seqlens[s + 1]`.
         total: rows of the packed query tensor, at least `cu_seqlens[-1]`.
         config: block sizes.
-        max_seqlen: an upper bound on the lengths. It only sizes scratch memory. Default: the longest length for
-            lengths on the CPU, `total` for lengths on a GPU (looking them up there would wait for the device).
+        max_seqlen: an upper bound on the lengths. It sizes scratch memory and `total_cmp`. Default: the longest length
+            for lengths on the CPU, `total` for lengths on a GPU (looking them up there would wait for the device).
         cu_seqlens_k, total_k, max_seqlen_k: the same for keys where they differ from the queries (cached keys).
         cu_cmp, total_cmp: the same for compressed rows, if they do not lie one after the other.
 
     Returns:
         A `Plan` on the device of `cu_seqlens`.
+
+    Raises:
+        ValueError: lengths on the CPU that do not ascend from 0 to at most the rows, or a bound below one of them. On a
+            GPU nobody looks: such lengths give wrong results there.
     """
     cu_q = cu_seqlens
     same = cu_seqlens_k is None
     cu_k = cu_q if same else cu_seqlens_k
     rows_k = total if same or total_k is None else total_k
-    max_q = _max_length(cu_q, total, max_seqlen)
-    max_k = max_q if same else _max_length(cu_k, rows_k, max_seqlen_k)
+    max_q = _max_length("cu_seqlens", cu_q, total, max_seqlen)
+    max_k = max_q if same else _max_length("cu_seqlens_k", cu_k, rows_k, max_seqlen_k)
 
     n = cu_q.shape[0] - 1
     if cu_cmp is None or total_cmp is None:  # one sequence of everything has the most compressed rows
@@ -206,7 +211,8 @@ def make_plan(
         max_k=max_k,
         config=config,
     )
-    return plan._replace(tables=_tables_of(cu_q)(cu_q, cu_k, cu_cmp, config=config, **plan.sizes()))
+    sizes = {"total_cmp": total_cmp, **plan.sizes()}
+    return plan._replace(tables=_tables_of(cu_q)(cu_q, cu_k, cu_cmp, config=config, **sizes))
 
 
 def _tables_of(cu: Tensor) -> Callable[..., Tensor]:
@@ -219,18 +225,21 @@ def _tables_of(cu: Tensor) -> Callable[..., Tensor]:
 
 
 def make_tables(
-    cu_q: Tensor, cu_k: Tensor, cu_cmp: Tensor | None, *, width: int, size: int, num_units: int, config: NSAConfig
+    cu_q: Tensor, cu_k: Tensor, cu_cmp: Tensor | None, *, total_cmp: int, width: int, size: int, num_units: int,
+    config: NSAConfig,
 ) -> Tensor:
     """The tables of a plan in plain torch: the definition.
 
     Args:
         cu_q, cu_k, cu_cmp: where sequences begin, `[n + 1]`; compressed rows lie one after the other if that is None.
+        total_cmp: compressed rows that there are. Where a bound was too low those after them are left out, since
+            nothing may be written there.
         width, size, num_units: see `Plan.sizes`.
     """
     n, d = cu_q.shape[0] - 1, config.cmp_stride
     len_q, len_k = cu_q[1:] - cu_q[:-1], cu_k[1:] - cu_k[:-1]
     if cu_cmp is None:
-        cu_cmp = cumulative(((len_k - config.cmp_block) // d + 1).clamp_min(0))
+        cu_cmp = cumulative(((len_k - config.cmp_block) // d + 1).clamp_min(0)).clamp_max(total_cmp)
     len_cmp = cu_cmp[1:] - cu_cmp[:-1]
     cu_blk = cumulative((len_k + config.slc_block - 1) // config.slc_block)
 
@@ -318,12 +327,24 @@ def compressed_positions(plan: Plan) -> Tensor:
     return rows_of(plan.cu_cmp, plan.total_cmp)[1] * plan.config.cmp_stride
 
 
-def _max_length(cu: Tensor, total: int, max_seqlen: int | None) -> int:
-    if max_seqlen is not None:
-        return min(max_seqlen, total)
-    if cu.device.type == "cpu" and not torch.compiler.is_compiling():
-        return int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
-    return total
+def _max_length(name: str, cu: Tensor, total: int, max_seqlen: int | None) -> int:
+    """The longest length where it can be seen, else the bound on it. Raises as `make_plan`."""
+    if cu.device.type != "cpu" or type(cu) is not Tensor or torch.compiler.is_compiling():
+        return total if max_seqlen is None else min(max_seqlen, total)
+    starts = cu.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] != 0 or min(lengths, default=0) < 0 or starts[-1] > total:
+        raise ValueError(
+            f"{name} must ascend from 0 to at most the {total} rows of the data, got {starts[:4]} .. {starts[-1]}. It "
+            "holds where each sequence begins, and where the last one ends."
+        )
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen must be at least the longest length, got {max_seqlen} and {longest} in {name}. Raise it, or "
+            "leave it out."
+        )
+    return longest if max_seqlen is None else min(max_seqlen, total)
 
 
 def cumulative(lengths: Tensor) -> Tensor:

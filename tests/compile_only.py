@@ -188,7 +188,8 @@ def _calls(cell: Cell, capability: tuple[int, int] | None) -> Iterator[Callable[
     # What only the schedule for Hopper asks for runs on any GPU.
     yield lambda: invert(random_selection(plan, 2), plan, chunk, cut=Cut(64, 64), span=1024, popular=Popular(22, 10))
     for cu_cmp in (None, plan.cu_cmp):
-        yield lambda cu=cu_cmp: _plan.tables(plan.cu_q, plan.cu_k, cu, config=config, **plan.sizes())
+        yield lambda cu=cu_cmp: _plan.tables(plan.cu_q, plan.cu_k, cu, total_cmp=plan.total_cmp, config=config,
+                                             **plan.sizes())
     tables = torch.zeros(2, x.plan.total_q, 1, cell.head_dim)  # float32, as the layer makes them
     for like in (tables, tables.to(cell.dtype)):
         for backward in (False, True):

@@ -57,6 +57,10 @@ def squeeze(x=None, **options):
     return nsattn.compress(batch()[1] if x is None else x, **{"config": TINY, **options})
 
 
+def plan_of(length, config):
+    return make_plan(cu(0, length), length, config=config)
+
+
 def cu(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype)
 
@@ -182,6 +186,32 @@ ERRORS = [
     (lambda: nsattn.NSAttention(15, 3, 1), ValueError, "head_dim must be even for rotary embedding, got 5"),
     (lambda: nsattn.NSAttention(64, 4, 2, compression="max"), ValueError, "compression must be one of"),
     (lambda: nsattn.NSAttention(64, 4, 2)(torch.randn(64)), ValueError, "x must be [T, dim] (packed) or [Bsz, S, dim]"),
+    (lambda: nsattn.NSAttention(64, 0, 1), ValueError, "num_heads must be a multiple of num_kv_heads, got 0 and 1"),
+    (
+        lambda: nsattn.NSAttention(64, 4, 2, config=TINY)(torch.randn(9, 64), plan=plan_of(9, NSAConfig())),
+        ValueError,
+        "plan must be made for the config of the call",
+    ),
+    (lambda: flat(plan=plan_of(40, NSAConfig()), cu_seqlens=None), ValueError, "plan must be made for the config"),
+    (
+        lambda: flat(plan=plan_of(40, TINY), cu_seqlens=None, cu_seqlens_k=cu(0, 40)),
+        ValueError,
+        "plan already holds the lengths: got plan and cu_seqlens_k or max_seqlen_k",
+    ),
+    (lambda: attend(cu_seqlens_k=cu(0, 40, 80)), ValueError, "cu_seqlens_k describes packed [T, H, D] input"),
+    (lambda: flat(max_seqlen=20), ValueError, "max_seqlen must be at least the longest length, got 20 and 25"),
+    (lambda: flat(cu_seqlens=cu(0, 60)), ValueError, "cu_seqlens must ascend from 0 to at most the 40 rows"),
+    (lambda: attend(*(x[:0] for x in batch())), ValueError, "a batch must have at least one sequence, got shape (0"),
+    (
+        lambda: attend(k_win=batch()[1], v_win=batch(dv=32)[2]),
+        ValueError,
+        "v_win must have the head dim of v, got 32 and 16",
+    ),
+    (
+        lambda: attend(k_cmp=squeeze(), v_cmp=squeeze(batch(dv=32)[2])),
+        ValueError,
+        "v_cmp must have the head dim of v, got 32 and 16",
+    ),
 ]
 
 
@@ -237,6 +267,17 @@ def test_scores_on_hopper_have_limits():
             dispatch.resolve("select_blocks", "triton_sm90", shape(**hopper, **bad))
 
 
+def test_kernels_for_one_generation_need_a_triton_that_compiles_them(monkeypatch):
+    hopper = shape(capability=(9, 0), slc_block=64)
+    for version, chosen in (((3, 5), "kvmajor"), ((3, 6), "kvmajor_sm90"), ((3, 10), "kvmajor_sm90"),
+                            (None, "kvmajor_sm90")):  # fmt: skip
+        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        assert dispatch.resolve("attend_selected", "auto", hopper) == chosen
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 5))
+    with pytest.raises(NotImplementedError, match="needs Triton 3.6 or later, got 3.5"):
+        dispatch.resolve("attend_selected", "kvmajor_sm90", hopper)
+
+
 def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "auto", shape()) == "kvmajor"
     assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
@@ -250,6 +291,7 @@ def test_dispatch_choices():
         dispatch.resolve("attend_selected", "kvmajor_sm90", shape(capability=(8, 0)))
     with pytest.raises(ValueError, match="selection block B must be one of 64, 128, got 32"):
         dispatch.resolve("attend_selected", "kvmajor_sm90", shape(**{**hopper, "slc_block": 32}))
+
     assert dispatch.resolve("attend_window", "kvmajor", shape()) == "triton"
     for impl, kernel in (("auto", "triton_sm90"), ("kvmajor", "triton_sm90"), ("triton", "triton")):
         assert dispatch.resolve("attend_compressed", impl, shape(**hopper)) == kernel
@@ -417,6 +459,28 @@ def test_module_trains_every_parameter(compression, separate_kv):
         layer.zero_grad()
         layer(torch.randn(2, length, 32)).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("compression", ["mean", "linear", "mlp", "gated"])
+def test_module_can_be_made_on_meta_and_takes_tensors_for_parameters(compression):
+    make = lambda: nsattn.NSAttention(32, 4, 2, config=TINY, compression=compression)  # noqa: E731
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    for p in layer.parameters():
+        p.data.fill_(7.0)
+    for module in layer.modules():  # as FSDP2 and torchtitan do
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not layer.gate_proj.weight.any() and not layer.gate_proj.bias.any()  # gates of one half
+    if compression == "linear":  # the mean
+        torch.testing.assert_close(layer.compress_k.weight.sum(1), torch.eye(8).expand(2, 8, 8))
+    assert all((p != 7).any() for p in layer.parameters())
+
+    x = torch.randn(2, 40, 32)
+    tensors = {name: p.detach() for name, p in layer.named_parameters()}  # also FSDP1 and DataParallel put them there
+    torch.testing.assert_close(torch.func.functional_call(layer, tensors, (x,)), layer(x))
+    assert layer(x[:, :0]).shape == (2, 0, 32)
 
 
 def test_module_packed_is_batched():

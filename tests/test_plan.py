@@ -22,22 +22,39 @@ def lengths(n: int, longest: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "longest"), [(1, 300), (1, 0), (2, 1), (5, 200), (16, 70), (17, 9), (1030, 3)])
-@pytest.mark.parametrize("keys", ["same", "others", "cached"])
+@pytest.mark.parametrize("keys", ["same", "others", "cached", "too many"])
 def test_kernels_write_the_same_tables(n, longest, keys):
     cu_q = cumulative(lengths(n, longest))
-    cu_k = cu_q if keys == "same" else cumulative(lengths(n, longest).flip(0) + 7)
+    cu_k = cu_q if keys in ("same", "too many") else cumulative(lengths(n, longest).flip(0) + 7)
     cu_cmp = None if keys != "cached" else cumulative((cu_k.diff() // 4).clamp_min(0))
-    more = {} if keys == "same" else {"cu_seqlens_k": cu_k, "total_k": int(cu_k[-1]) + 9}
+    more = {} if keys in ("same", "too many") else {"cu_seqlens_k": cu_k, "total_k": int(cu_k[-1]) + 9}
     if cu_cmp is not None:
         more |= {"cu_cmp": cu_cmp, "total_cmp": int(cu_cmp[-1]) + 3}
     plan = make_plan(cu_q, int(cu_q[-1]) + 5, config=CONFIG, **more)
     arguments = (cu_q, cu_k, cu_cmp)
-    want = make_tables(*arguments, config=CONFIG, **plan.sizes())
-    got = _plan.tables(*arguments, config=CONFIG, **plan.sizes())
+    total_cmp = plan.total_cmp // 2 if keys == "too many" else plan.total_cmp  # as from a bound that is too low
+    sizes = {"total_cmp": total_cmp, **plan.sizes()}
+    want = make_tables(*arguments, config=CONFIG, **sizes)
+    got = _plan.tables(*arguments, config=CONFIG, **sizes)
     width = plan.sizes()["width"]
     for i in range(STARTS):  # what pads the tables of starts means nothing
         assert torch.equal(got[i * width :][: n + 1], want[i * width :][: n + 1]), i
     assert torch.equal(got[STARTS * width :], want[STARTS * width :])
+    assert plan._replace(tables=got).cu_cmp[-1] <= total_cmp  # nothing is written past the last compressed row
+
+
+@pytest.mark.parametrize(("starts", "bound", "message"), [
+    ([0, 60], None, "cu_seqlens must ascend from 0 to at most the 48 rows"),
+    ([5, 48], None, "cu_seqlens must ascend from 0"),
+    ([0, 30, 20, 48], None, "cu_seqlens must ascend from 0"),
+    ([0, 30, 48], 20, "max_seqlen must be at least the longest length, got 20 and 30 in cu_seqlens"),
+])  # fmt: skip
+def test_lengths_that_can_be_seen_are_checked(starts, bound, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(torch.tensor(starts, dtype=torch.int32), 48, config=CONFIG, max_seqlen=bound)
+    with pytest.raises(ValueError, match=message.replace("cu_seqlens", "cu_seqlens_k")):
+        make_plan(torch.tensor([0, *[40] * (len(starts) - 1)], dtype=torch.int32), 48, config=CONFIG,
+                  cu_seqlens_k=torch.tensor(starts, dtype=torch.int32), total_k=48, max_seqlen_k=bound)  # fmt: skip
 
 
 def test_tables_by_hand():

@@ -428,8 +428,8 @@ def summary(path: str | Path) -> str:
         ("attend_selected", "kvmajor_sm90", "kvmajor"),  # the first that was timed
         ("attend_selected", "qmajor"),
     )
-    lines = ["| heads | T | whole NSA | as a CUDA graph | dense (cuDNN) | selected, `kvmajor` | selected, `qmajor` |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    heads = ("whole NSA", "as a CUDA graph", "dense (cuDNN)", "selected, KV-major", "selected, query-major")
+    lines = [f"| heads | T | {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|"]
     for Hq, Hkv, T in sorted({key[:3] for key in times if key[3] == "nsa_attention"}):
         cells = (
             " / ".join(

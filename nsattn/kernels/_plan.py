@@ -25,9 +25,9 @@ def _add_up(TABLES, i_table, o_s, m, amount, total, width):
     return total + tl.sum(amount, 0)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "width"])
+@triton.jit(do_not_specialize=["num_seqs", "total_cmp", "width"])
 def _starts_kernel(
-    CU_Q, CU_K, CU_CMP, TABLES, num_seqs, width,
+    CU_Q, CU_K, CU_CMP, TABLES, num_seqs, total_cmp, width,
     TILE: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """All tables of starts, by one program: BS sequences a step."""
@@ -44,6 +44,8 @@ def _starts_kernel(
         len_k = tl.where(m, end_k - tl.load(CU_K + s0 + o_s, mask=m, other=0), 0)
         if CU_CMP is None:
             len_cmp = tl.where(len_k >= L, (len_k - L) // STRIDE + 1, 0)
+            end_cmp = cmp + tl.cumsum(len_cmp, 0)
+            len_cmp = tl.minimum(end_cmp, total_cmp) - tl.minimum(end_cmp - len_cmp, total_cmp)
         else:
             end_cmp = tl.load(CU_CMP + s0 + o_s + 1, mask=m, other=0)
             len_cmp = tl.where(m, end_cmp - tl.load(CU_CMP + s0 + o_s, mask=m, other=0), 0)
@@ -95,7 +97,8 @@ def _entries_kernel(
 
 
 def tables(
-    cu_q: Tensor, cu_k: Tensor, cu_cmp: Tensor | None, *, width: int, size: int, num_units: int, config: NSAConfig
+    cu_q: Tensor, cu_k: Tensor, cu_cmp: Tensor | None, *, total_cmp: int, width: int, size: int, num_units: int,
+    config: NSAConfig,
 ) -> Tensor:
     """`plan.make_tables` on a GPU."""
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
@@ -103,8 +106,8 @@ def tables(
     out = torch.empty(STARTS * width + 8 * size + 4 * num_units, dtype=torch.int32, device=cu_q.device)
     BS = 1024 if n > 16 else 16
     _starts_kernel[(1,)](
-        cu_q, cu_k, cu_cmp, out, n, width, TILE=TILE, L=config.cmp_block, STRIDE=d, B=config.slc_block, BS=BS,
-        num_warps=4 if n > 16 else 1,
+        cu_q, cu_k, cu_cmp, out, n, total_cmp, width, TILE=TILE, L=config.cmp_block, STRIDE=d, B=config.slc_block,
+        BS=BS, num_warps=4 if n > 16 else 1,
     )  # fmt: skip
     BE = 256
     _entries_kernel[(cdiv(max(size, num_units), BE), 5)](

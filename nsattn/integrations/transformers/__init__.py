@@ -8,11 +8,12 @@ The classes are the stock ones with other attention modules: same names for the 
 `nsa_qwen3` with the Auto classes, so checkpoints load with `AutoModelForCausalLM` after it. `from_pretrained` of an NSA
 class also reads a dense checkpoint; transformers then warns about the other model type and lists the new weights.
 
-Start: a converted model is close to the dense one. For S <= N*B tokens every block is selected, so the selected branch
-alone equals dense attention. The gates start at (cmp, slc, win) = (0.018, 0.982, 0.018), which is sigmoid(-4, 4, -4),
-for every token (the weight of `gate_proj` is zero), and `linear` and `gated` compression start as the mean of a block.
-While also S <= window, the last two gates add up to one and the output of an attention layer differs from the dense one
-by 0.018 of the compressed branch. `nsa_gate_bias` is that 4; use 0 to train from scratch with gates of one half.
+Start: for S <= N*B tokens (1024 by default) a converted model is close to the dense one: every block is selected, so
+the selected branch alone equals dense attention. Beyond, it must be trained. The gates start at (cmp, slc, win) =
+(0.018, 0.982, 0.018), which is sigmoid(-4, 4, -4), for every token (the weight of `gate_proj` is zero), and `linear`
+and `gated` compression start as the mean of a block. While also S <= window, the last two gates add up to one and the
+output of an attention layer differs from the dense one by 0.018 of the compressed branch. `nsa_gate_bias` is that 4;
+use 0 to train from scratch with gates of one half.
 
 Input: a batch `[Bsz, S]` without a mask; a 2-D mask, padded on either side (padding is taken out once per forward, and
 its outputs are what a zero hidden state gives); or packed sequences in one row, with `cu_seq_lens_q`, `max_length_q` as
@@ -22,7 +23,8 @@ mask or `position_ids` the model waits for the GPU once per forward to learn the
 Generation: `generate` keeps an `NSACache`; greedy search, sampling and beams work, with prompts padded on the left or
 anywhere else, prefill in chunks and `cache_implementation="static"`. A decoding step computes its token alone and does
 not wait for the GPU. A forward pass keeps a cache where `use_cache=True` or `past_key_values` asks for one, without
-gradients.
+gradients. Positions with a cache must be those that it counts: other `position_ids` are refused, but those of a single
+token are not read, for that would wait.
 
 Limits: dropout on attention weights, sliding window layers, 4-D masks and `output_attentions` are refused, and with a
 cache also packed rows, assisted decoding, offloading and quantisation.
