@@ -26,20 +26,21 @@ from nsattn.kernels._dense_keys_sm90 import KEYS, gradient
 from nsattn.kernels._dense_sm90 import (
     BM,
     COPY,
-    PAIR,
     ROWS,
     SHARED,
     D,
     barrier,
     barriers,
+    clear_slack,
     fetch,
     fetch_queries,
     first_key,
     hide,
     key_steps,
     pair_of,
+    part,
+    programs,
     release,
-    slack,
     wait_for,
 )
 from nsattn.kernels._gradient import Gradient, KeyBlocks
@@ -65,137 +66,153 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, GRADIENT, 2))
 
 @gluon.jit
 def _step(
-    j, acc, lse2, delta, i_n, n, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
-    tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
+    j, acc, lse2, delta, i_n, n, i_fetch, steps, n0, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty,
+    v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
 ):
     """Add the part of step j to dQ / scale, a product that is still under way at the end; copy for step n."""
-    wait_for(j, k_full, STAGES)
-    wait_for(j, v_full, STAGES)
+    wait_for(n0 + j, k_full, STAGES)
+    wait_for(n0 + j, v_full, STAGES)
     fence_async_shared()
-    k_tile = k_tiles.index(j % STAGES)
+    k_tile = k_tiles.index((n0 + j) % STAGES)
     zero = gl.zeros([BM, BN], gl.float32, SCORES)
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(do_tile, v_tiles.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+    v_tile = v_tiles.index((n0 + j) % STAGES)
+    dp = warpgroup_mma(do_tile, v_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     if n < steps:
-        fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
+        fetch(n0 + n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     s, acc = warpgroup_mma_wait(1, deps=(s, acc))  # and so the product of the last step
     if j > 0:
-        release(j - 1, k_empty, STAGES)
+        release(n0 + j - 1, k_empty, STAGES)
     if MASK:
         s = hide(s, t, i_n, row, G, STRIDE, SPAN, WINDOW)
     p = gl.exp2(s * scale2 - lse2[:, None])
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    release(j, v_empty, STAGES)
+    release(n0 + j, v_empty, STAGES)
     ds = (p * (dp - delta[:, None])).to(q_tile.dtype)
     return warpgroup_mma(gl.convert_layout(ds, OPERAND), k_tile, acc, is_async=True)
 
 
 @gluon.jit
 def _rows(
-    DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_fetch, stride8, len_keys, lo,
-    steps, late, early, t, row, scale, o_first, left, num_heads,
+    Q, DO, DQ, LSE, DELTA, i_pair, n0, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS,
+    CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
     ADD: gl.constexpr,
 ):
-    """dQ of 64 rows of a pair of tiles, from `row`; row 0 is row `o_first` of DQ seen as [T * Hq, D].
+    """dQ of 64 rows of the i-th pair of tiles: those of this warpgroup among the 128 from `row`. Steps are numbered
+    from n0; returns the number of the next.
 
-    The first warpgroup copies keys, two steps ahead since a step needs them to its end, the other one values.
+    The first warpgroup copies keys, two steps ahead since a step needs them to its end, the other one values: `KEYS`.
     """
     AHEAD: gl.constexpr = 2 if WARPGROUP == 0 else 3
     if WARPGROUP == 0:
         tiles, full, empty = k_tiles, k_full, k_empty
     else:
         tiles, full, empty = v_tiles, v_full, v_empty
-    for n in gl.static_range(AHEAD):
-        if n < steps:
-            i_fetch = first_key(n, lo, steps, late, early, BN)
-            fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
-    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
-    o_r = o_first + (r // G).to(gl.int64) * num_heads + r % G
-    lse = gl.load(LSE + o_r, mask=r // G < left, other=-float("inf"))
-    lse2 = gl.where(lse == -float("inf"), float("inf"), lse * LOG2E)  # p = 0 for rows that see nothing
-    delta = gl.load(DELTA + o_r, mask=r // G < left, other=0.0)
-    scale2 = scale * LOG2E
-    acc = warpgroup_mma_init(gl.zeros([BM, D], gl.float32, GRADIENT))
-    for j in range(late + early):
-        i_n = first_key(j, lo, steps, late, early, BN)
-        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
-        acc = _step(
-            j, acc, lse2, delta, i_n, j + AHEAD, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full,
-            k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
-            G, STRIDE, SPAN, WINDOW, True,
-        )  # fmt: skip
-    for j in range(late + early, steps):
-        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
-        acc = _step(
-            j, acc, lse2, delta, 0, j + AHEAD, i_fetch, steps, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full,
-            k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
-            G, STRIDE, SPAN, WINDOW, False,
-        )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    q_tile.store((acc * scale).to(q_tile.dtype))
-    barrier()
-    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    o_dq = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
-    p_dq, m_dq = DQ + (o_dq[:, None] + o_d[None, :]), (r // G < left)[:, None]
-    dq = q_tile.load(COPY)
-    if ADD:
-        dq = (dq.to(gl.float32) + gl.load(p_dq, mask=m_dq, other=0.0).to(gl.float32)).to(q_tile.dtype)
-    gl.store(p_dq, dq, mask=m_dq)
+    kv_head = kv_head.to(gl.int64)
+    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
+    if row // G < left:
+        t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
+        lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
+        row += WARPGROUP * BM
+        barrier()  # until what the tile held of other rows is stored
+        fetch_queries(q_tile, Q, start_q, row, left, sq_t8, sq_h8, kv_head, G)
+        fetch_queries(do_tile, DO, start_q, row, left, num_heads * (D // 8), D // 8, kv_head, G)
+        async_copy.commit_group()
+        p_fetch = KEYS + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
+        for n in gl.static_range(AHEAD):
+            if n < steps:
+                i_fetch = first_key(n, lo, steps, late, early, BN)
+                fetch(n0 + n, i_fetch, tiles, full, empty, p_fetch, len_keys, sn_t8, BN, STAGES)
+        o_first = start_q.to(gl.int64) * num_heads + kv_head * G
+        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
+        o_r = o_first + (r // G).to(gl.int64) * num_heads + r % G
+        lse = gl.load(LSE + o_r, mask=r // G < left, other=-float("inf"))
+        lse2 = gl.where(lse == -float("inf"), float("inf"), lse * LOG2E)  # p = 0 for rows that see nothing
+        delta = gl.load(DELTA + o_r, mask=r // G < left, other=0.0)
+        scale2 = scale * LOG2E
+        acc = warpgroup_mma_init(gl.zeros([BM, D], gl.float32, GRADIENT))
+        async_copy.wait_group(0)
+        barrier()
+        for j in range(late + early):
+            i_n = first_key(j, lo, steps, late, early, BN)
+            i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+            acc = _step(
+                j, acc, lse2, delta, i_n, j + AHEAD, i_fetch, steps, n0, q_tile, do_tile, k_tiles, v_tiles, k_full,
+                v_full, k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, sn_t8, t, row, scale2,
+                G, STRIDE, SPAN, WINDOW, True,
+            )  # fmt: skip
+        for j in range(late + early, steps):
+            i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+            acc = _step(
+                j, acc, lse2, delta, 0, j + AHEAD, i_fetch, steps, n0, q_tile, do_tile, k_tiles, v_tiles, k_full,
+                v_full, k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, sn_t8, t, row, scale2,
+                G, STRIDE, SPAN, WINDOW, False,
+            )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        release(n0 + steps - 1, k_empty, STAGES)
+        n0 += steps
+        q_tile.store((acc * scale).to(q_tile.dtype))
+        barrier()
+        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+        o_dq = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
+        p_dq, m_dq = DQ + (o_dq[:, None] + o_d[None, :]), (r // G < left)[:, None]
+        dq = q_tile.load(COPY)
+        if ADD:
+            dq = (dq.to(gl.float32) + gl.load(p_dq, mask=m_dq, other=0.0).to(gl.float32)).to(q_tile.dtype)
+        gl.store(p_dq, dq, mask=m_dq)
+    return n0
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "total"])
+@gluon.jit
+def _warpgroup(
+    Q, DO, DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K,
+    CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads,
+    WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+    ADD: gl.constexpr,
+):
+    """`_rows` for all parts of a program."""
+    n = 0
+    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+        i_pair, kv_head, row = part(k, num_parts, num_heads, G)
+        n = _rows(
+            Q, DO, DQ, LSE, DELTA, i_pair, n, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS,
+            PAIRS, CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
+            WARPGROUP, G, STRIDE, SPAN, WINDOW, ADD,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["num_parts", "num_seqs", "total"])
 def _dense_dq_sm90_kernel(
     Q, K, V, DO, LSE, DELTA, PAIRS, CU_Q, CU_K, CU_KEYS, DQ, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
-    num_heads, num_seqs, total, scale,
+    num_parts, num_heads, num_seqs, total, scale,
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr, ADD: gl.constexpr,
 ):
-    """dQ of 128 rows of a pair of tiles: scale * sum of ds * k over the keys they see, ds = p * (do . v - delta).
+    """dQ of parts of 128 rows of a pair of tiles: scale * sum of ds * k over the keys they see,
+    ds = p * (do . v - delta).
 
     With ADD, what DQ holds is added.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
-    i = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most compressed keys: they start first
-    i_pair, kv_head, row = i // num_heads, i % num_heads // G, i % G * ROWS
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
-    if not ADD and (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
-        gl.store(DQ + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
-    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
-    if row // G >= left:
-        return
-    t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
-    lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
-
-    kv_head = kv_head.to(gl.int64)
-    p_k = K + (start_k.to(gl.int64) * sk_t8 + kv_head * sk_h8) * 8
-    p_v = V + (start_k.to(gl.int64) * sv_t8 + kv_head * sv_h8) * 8
+    if not ADD:
+        clear_slack(DQ, None, CU_Q, num_parts, num_heads, num_seqs, total, G)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     do_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     k_full, k_empty = barriers(STAGES)
     v_full, v_empty = barriers(STAGES)
-    for g in gl.static_range(2):
-        r = row + g * BM
-        fetch_queries(q_tiles.index(g), Q, start_q, r, left, sq_t8, sq_h8, kv_head, G)
-        fetch_queries(do_tiles.index(g), DO, start_q, r, left, num_heads * (D // 8), D // 8, kv_head, G)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
     barrier()
-    fence_async_shared()
-
-    o_first = start_q.to(gl.int64) * num_heads + kv_head * G
     gl.warp_specialize([
-        (_rows, (DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty,
-                 v_empty, p_k, sk_t8, len_keys, lo, steps, late, early, t, row, scale, o_first, left, num_heads,
-                 0, G, STRIDE, SPAN, WINDOW, ADD)),
-        (_rows, (DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty,
-                 v_empty, p_v, sv_t8, len_keys, lo, steps, late, early, t, row + BM, scale, o_first, left, num_heads,
-                 1, G, STRIDE, SPAN, WINDOW, ADD)),
-    ], [4], [240])
+        (_warpgroup, (Q, DO, DQ, LSE, DELTA, q_tiles.index(0), do_tiles.index(0), k_tiles, v_tiles, k_full, v_full,
+                      k_empty, v_empty, K, PAIRS, CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sk_t8, sk_h8, scale, num_parts,
+                      num_heads, 0, G, STRIDE, SPAN, WINDOW, ADD)),
+        (_warpgroup, (Q, DO, DQ, LSE, DELTA, q_tiles.index(1), do_tiles.index(1), k_tiles, v_tiles, k_full, v_full,
+                      k_empty, v_empty, V, PAIRS, CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sv_t8, sv_h8, scale, num_parts,
+                      num_heads, 1, G, STRIDE, SPAN, WINDOW, ADD)),
+    ], [4], [256])
 
 
 def query_gradient(
@@ -208,10 +225,11 @@ def query_gradient(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if total is None else total
     if T:
         strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
-        _dense_dq_sm90_kernel[(plan.q_pairs.shape[0] * Hq,)](
-            q, k, v, do, lse, delta, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, dq, *strides, Hq, plan.num_seqs, T,
-            scale, G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
-            WINDOW=None if keys.window >= UNLIMITED else keys.window, ADD=total is not None, num_warps=4, maxnreg=248,
+        num_parts = plan.q_pairs.shape[0] * Hq
+        _dense_dq_sm90_kernel[(programs(num_parts, q.device),)](
+            q, k, v, do, lse, delta, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, dq, *strides, num_parts, Hq,
+            plan.num_seqs, T, scale, G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
+            WINDOW=None if keys.window >= UNLIMITED else keys.window, ADD=total is not None, num_warps=4, maxnreg=256,
         )  # fmt: skip
     return dq
 

@@ -40,6 +40,7 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 STAGES = gl.constexpr(3)
+TURNS = 2
 
 
 @gluon.jit
@@ -127,8 +128,8 @@ def release(n, empty, STAGES: gl.constexpr):
 
 @gluon.jit
 def _step(
-    j, p, acc, shrink, m, l, i_n, n, i_fetch, steps, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, tiles,
-    full, empty, p_fetch, len_keys, stride8, t, row, scale2,
+    j, p, acc, shrink, m, l, i_n, n, i_fetch, steps, n0, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+    tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
     MASK: gl.constexpr,
 ):
@@ -139,95 +140,148 @@ def _step(
     """
     acc = warpgroup_mma_wait(0, deps=(acc,)) * shrink[:, None]
     if j > 1:
-        release(j - 2, v_empty, STAGES)
-    wait_for(j, k_full, STAGES)
-    wait_for(j - 1, v_full, STAGES)
+        release(n0 + j - 2, v_empty, STAGES)
+    wait_for(n0 + j, k_full, STAGES)
+    wait_for(n0 + j - 1, v_full, STAGES)
     fence_async_shared()
     s = gl.zeros([BM, BN], gl.float32, SCORES)
-    s = warpgroup_mma(q_tile, k_tiles.index(j % STAGES).permute((1, 0)), s, use_acc=False, is_async=True)
-    acc = warpgroup_mma(p, v_tiles.index((j - 1) % STAGES), acc, is_async=True)
+    s = warpgroup_mma(q_tile, k_tiles.index((n0 + j) % STAGES).permute((1, 0)), s, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_tiles.index((n0 + j - 1) % STAGES), acc, is_async=True)
     if n < steps:
-        fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
+        fetch(n0 + n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
-    release(j, k_empty, STAGES)
+    release(n0 + j, k_empty, STAGES)
     p, m, l, shrink = _softmax(s, m, l, t, i_n, row, scale2, G, STRIDE, SPAN, WINDOW, MASK)
     return gl.convert_layout(p.to(q_tile.dtype), OPERAND), acc, shrink, m, l
 
 
 @gluon.jit
 def _rows(
-    O, LSE, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_fetch, stride8, len_keys, lo, steps, late,
-    early, t, row, scale2, o_first, left, num_heads,
+    Q, O, LSE, i_pair, n0, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K, CU_KEYS,
+    sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
-    """Output and lse of 64 rows of a pair of tiles, from `row`; row 0 is row `o_first` of O seen as [T * Hq, D].
+    """Output and lse of 64 rows of the i-th pair of tiles: those of this warpgroup among the 128 from `row`. Steps are
+    numbered from n0; returns the number of the next.
 
-    The first warpgroup copies keys two steps ahead, the other one values, which are needed a step later.
+    The first warpgroup copies keys two steps ahead, the other one values, which are needed a step later: `KEYS`.
     """
     AHEAD: gl.constexpr = 2 if WARPGROUP == 0 else 1
     if WARPGROUP == 0:
         tiles, full, empty = k_tiles, k_full, k_empty
     else:
         tiles, full, empty = v_tiles, v_full, v_empty
-    i_n = first_key(0, lo, steps, late, early, BN)
-    fetch(0, i_n, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
-    for n in gl.static_range(1, AHEAD + 1):
-        if n < steps:
-            i_fetch = first_key(n, lo, steps, late, early, BN)
-            fetch(n, i_fetch, tiles, full, empty, p_fetch, len_keys, stride8, BN, STAGES)
-    zero = gl.zeros([BM, D], gl.float32, SCORES)
-    acc = warpgroup_mma_init(zero)
-    m = gl.full([BM], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    l = gl.zeros([BM], gl.float32, gl.SliceLayout(1, SCORES))
-    wait_for(0, k_full, STAGES)
-    fence_async_shared()
-    s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    release(0, k_empty, STAGES)
-    p, m, l, shrink = _softmax(s, m, l, t, i_n, row, scale2, G, STRIDE, SPAN, WINDOW, True)
-    p = gl.convert_layout(p.to(q_tile.dtype), OPERAND)
-    for j in range(1, late + early):
-        i_n = first_key(j, lo, steps, late, early, BN)
-        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
-        p, acc, shrink, m, l = _step(
-            j, p, acc, shrink, m, l, i_n, j + AHEAD, i_fetch, steps, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty,
-            v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
-            G, STRIDE, SPAN, WINDOW, True,
-        )  # fmt: skip
-    for j in range(gl.maximum(late + early, 1), steps):
-        i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
-        p, acc, shrink, m, l = _step(
-            j, p, acc, shrink, m, l, 0, j + AHEAD, i_fetch, steps, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty,
-            v_empty, tiles, full, empty, p_fetch, len_keys, stride8, t, row, scale2,
-            G, STRIDE, SPAN, WINDOW, False,
-        )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=(acc,)) * shrink[:, None]
-    wait_for(steps - 1, v_full, STAGES)
-    fence_async_shared()
-    acc = warpgroup_mma(p, v_tiles.index((steps - 1) % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    kv_head = kv_head.to(gl.int64)
+    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
+    if row // G < left:
+        t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
+        lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
+        row += WARPGROUP * BM
+        barrier()  # until what this tile held of other rows is stored
+        fetch_queries(q_tile, Q, start_q, row, left, sq_t8, sq_h8, kv_head, G)
+        async_copy.commit_group()
+        p_fetch = KEYS + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
+        i_n = first_key(0, lo, steps, late, early, BN)
+        fetch(n0, i_n, tiles, full, empty, p_fetch, len_keys, sn_t8, BN, STAGES)
+        for n in gl.static_range(1, AHEAD + 1):
+            if n < steps:
+                i_fetch = first_key(n, lo, steps, late, early, BN)
+                fetch(n0 + n, i_fetch, tiles, full, empty, p_fetch, len_keys, sn_t8, BN, STAGES)
+        scale2 = scale * LOG2E
+        zero = gl.zeros([BM, D], gl.float32, SCORES)
+        acc = warpgroup_mma_init(zero)
+        m = gl.full([BM], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        l = gl.zeros([BM], gl.float32, gl.SliceLayout(1, SCORES))
+        async_copy.wait_group(0)
+        barrier()
+        wait_for(n0, k_full, STAGES)
+        fence_async_shared()
+        s = warpgroup_mma(q_tile, k_tiles.index(n0 % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        release(n0, k_empty, STAGES)
+        p, m, l, shrink = _softmax(s, m, l, t, i_n, row, scale2, G, STRIDE, SPAN, WINDOW, True)
+        p = gl.convert_layout(p.to(q_tile.dtype), OPERAND)
+        for j in range(1, late + early):
+            i_n = first_key(j, lo, steps, late, early, BN)
+            i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+            p, acc, shrink, m, l = _step(
+                j, p, acc, shrink, m, l, i_n, j + AHEAD, i_fetch, steps, n0, q_tile, k_tiles, v_tiles, k_full, v_full,
+                k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, sn_t8, t, row, scale2,
+                G, STRIDE, SPAN, WINDOW, True,
+            )  # fmt: skip
+        for j in range(gl.maximum(late + early, 1), steps):
+            i_fetch = first_key(j + AHEAD, lo, steps, late, early, BN)
+            p, acc, shrink, m, l = _step(
+                j, p, acc, shrink, m, l, 0, j + AHEAD, i_fetch, steps, n0, q_tile, k_tiles, v_tiles, k_full, v_full,
+                k_empty, v_empty, tiles, full, empty, p_fetch, len_keys, sn_t8, t, row, scale2,
+                G, STRIDE, SPAN, WINDOW, False,
+            )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=(acc,)) * shrink[:, None]
+        if steps > 1:
+            release(n0 + steps - 2, v_empty, STAGES)
+        wait_for(n0 + steps - 1, v_full, STAGES)
+        fence_async_shared()
+        acc = warpgroup_mma(p, v_tiles.index((n0 + steps - 1) % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        release(n0 + steps - 1, v_empty, STAGES)
+        n0 += steps
 
-    some = l > 0
-    l = gl.where(some, l, 1.0)
-    lse = gl.where(some, (m + gl.log2(l)) * LN2, -float("inf"))
-    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
-    gl.store(LSE + (o_first + (r // G).to(gl.int64) * num_heads + r % G), lse, mask=r // G < left)
-    q_tile.store((acc / l[:, None]).to(q_tile.dtype))
-    barrier()
-    r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    o_o = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
-    gl.store(O + (o_o[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
+        some = l > 0
+        l = gl.where(some, l, 1.0)
+        lse = gl.where(some, (m + gl.log2(l)) * LN2, -float("inf"))
+        o_first = start_q.to(gl.int64) * num_heads + kv_head * G
+        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
+        gl.store(LSE + (o_first + (r // G).to(gl.int64) * num_heads + r % G), lse, mask=r // G < left)
+        q_tile.store((acc / l[:, None]).to(q_tile.dtype))
+        barrier()
+        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+        o_o = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
+        gl.store(O + (o_o[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
+    return n0
 
 
 @gluon.jit
-def slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G: gl.constexpr):
-    """Where the 128 rows from `row` of the i-th pair lie if pairs are cut from the packed rows, and which of them
-    belong to no sequence. The table has at least total / PAIR entries, so the programs of a launch reach all of those.
-    """
-    r = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
-    token = i_pair.to(gl.int64) * PAIR + r // G
-    return token * num_heads + kv_head * G + r % G, (token >= gl.load(CU_Q + num_seqs)) & (token < total)
+def _warpgroup(
+    Q, O, LSE, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K, CU_KEYS,
+    sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads,
+    WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
+):
+    """`_rows` for all parts of a program."""
+    n = 0
+    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+        i_pair, kv_head, row = part(k, num_parts, num_heads, G)
+        n = _rows(
+            Q, O, LSE, i_pair, n, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K,
+            CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, WARPGROUP, G, STRIDE, SPAN, WINDOW,
+        )  # fmt: skip
+
+
+@gluon.jit
+def part(k, num_parts, num_heads, G: gl.constexpr):
+    """The k-th part of a launch: pair of tiles, KV head and first of its 128 rows. Late queries, which see most
+    compressed keys, come first."""
+    i = num_parts - 1 - k
+    return i // num_heads, i % num_heads // G, i % G * ROWS
+
+
+@gluon.jit
+def clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G: gl.constexpr):
+    """Zeros in O, and -inf in LSE unless it is None, for rows that belong to no sequence, among those of this program's
+    parts if pairs were cut from the packed rows. The table has at least total / PAIR entries, so the programs of a
+    launch reach all of them."""
+    end = gl.load(CU_Q + num_seqs)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+    zero = gl.zeros([ROWS, D], O.dtype.element_ty, COPY)
+    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+        i_pair, kv_head, row = part(k, num_parts, num_heads, G)
+        if (i_pair + 1).to(gl.int64) * PAIR > end:
+            token = i_pair.to(gl.int64) * PAIR + (row + r) // G
+            o_r, slack = token * num_heads + kv_head * G + (row + r) % G, (token >= end) & (token < total)
+            gl.store(O + ((o_r * D)[:, None] + o_d[None, :]), zero, mask=slack[:, None])
+            if LSE is not None:
+                gl.store(LSE + o_r, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=slack)
 
 
 @gluon.jit
@@ -264,54 +318,40 @@ def barriers(STAGES: gl.constexpr):
     return full, empty
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "total"])
+@gluon.jit(do_not_specialize=["num_parts", "num_seqs", "total"])
 def _dense_fwd_sm90_kernel(
     Q, K, V, PAIRS, CU_Q, CU_K, CU_KEYS, O, LSE, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
-    num_heads, num_seqs, total, scale,
+    num_parts, num_heads, num_seqs, total, scale,
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
-    """Output and lse of 128 rows of a pair of tiles: online softmax over the keys they see (Eq 8; 3.3.3).
+    """Output and lse of parts of 128 rows of a pair of tiles: online softmax over the keys they see (Eq 8; 3.3.3).
 
     Row r of a pair is head r % G of the group and token r // G. Strides ending in 8 count 8 elements: this tells the
     compiler that rows start at whole 16 bytes.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
-    i = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most compressed keys: they start first
-    i_pair, kv_head, row = i // num_heads, i % num_heads // G, i % G * ROWS
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    o_slack, m_slack = slack(CU_Q, i_pair, kv_head, row, num_heads, num_seqs, total, G)
-    if (i_pair + 1).to(gl.int64) * PAIR > gl.load(CU_Q + num_seqs):
-        gl.store(O + ((o_slack * D)[:, None] + o_d[None, :]), gl.zeros([ROWS, D], TYPE, COPY), mask=m_slack[:, None])
-        gl.store(LSE + o_slack, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=m_slack)
-    start_q, t, left, start_k, len_keys = pair_of(PAIRS, CU_Q, CU_K, CU_KEYS, i_pair)
-    if row // G >= left:
-        return
-    t0, t1 = t + row // G, t + gl.minimum((row + ROWS - 1) // G, left - 1)
-    lo, steps, late, early = key_steps(t0, t1, STRIDE, SPAN, WINDOW, BN)
-
-    kv_head = kv_head.to(gl.int64)
-    p_k = K + (start_k.to(gl.int64) * sk_t8 + kv_head * sk_h8) * 8
-    p_v = V + (start_k.to(gl.int64) * sv_t8 + kv_head * sv_h8) * 8
+    clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     k_full, k_empty = barriers(STAGES)
     v_full, v_empty = barriers(STAGES)
-    for g in gl.static_range(2):
-        fetch_queries(q_tiles.index(g), Q, start_q, row + g * BM, left, sq_t8, sq_h8, kv_head, G)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
     barrier()
-    fence_async_shared()
-
-    scale2 = scale * LOG2E
-    o_first = start_q.to(gl.int64) * num_heads + kv_head * G
     gl.warp_specialize([
-        (_rows, (O, LSE, q_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_k, sk_t8, len_keys, lo,
-                 steps, late, early, t, row, scale2, o_first, left, num_heads, 0, G, STRIDE, SPAN, WINDOW)),
-        (_rows, (O, LSE, q_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, p_v, sv_t8, len_keys, lo,
-                 steps, late, early, t, row + BM, scale2, o_first, left, num_heads, 1, G, STRIDE, SPAN, WINDOW)),
-    ], [4], [240])
+        (_warpgroup, (Q, O, LSE, q_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, K, PAIRS, CU_Q,
+                      CU_K, CU_KEYS, sq_t8, sq_h8, sk_t8, sk_h8, scale, num_parts, num_heads,
+                      0, G, STRIDE, SPAN, WINDOW)),
+        (_warpgroup, (Q, O, LSE, q_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, V, PAIRS, CU_Q,
+                      CU_K, CU_KEYS, sq_t8, sq_h8, sv_t8, sv_h8, scale, num_parts, num_heads,
+                      1, G, STRIDE, SPAN, WINDOW)),
+    ], [4], [256])
+
+
+def programs(num_parts: int, device: torch.device) -> int:
+    """Programs of a launch, one to a multiprocessor at a time. Many parts are done by two programs on each, in turn:
+    then few of them begin with nothing to multiply, and parts may still differ in length."""
+    places = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return num_parts if num_parts < 2 * TURNS * places else TURNS * places
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -323,9 +363,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: f
     if T == 0:
         return o, lse
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
-    _dense_fwd_sm90_kernel[(plan.q_pairs.shape[0] * Hq,)](
-        q, k, v, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, o, lse, *strides, Hq, plan.num_seqs, T, scale,
+    num_parts = plan.q_pairs.shape[0] * Hq
+    _dense_fwd_sm90_kernel[(programs(num_parts, q.device),)](
+        q, k, v, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, o, lse, *strides, num_parts, Hq, plan.num_seqs, T, scale,
         G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
-        WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=248,
+        WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=256,
     )  # fmt: skip
     return o, lse
