@@ -125,7 +125,7 @@ class CacheLengths:
                 "without a cache."
             )
         if self.tokens is None:
-            self.tokens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.tokens = kept_zeros(batch, dtype=torch.int32, device=device)
         if len(self.tokens) != batch:
             raise ValueError(
                 f"the batch must have {len(self.tokens)} rows as in the cache, got {batch}. Use a cache for each batch."
@@ -243,6 +243,7 @@ class CacheLengths:
             cmp_size=cmp_size,
         )
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Rows of the batch to go on with, int64: another order, some of them, or some more than once."""
         if self.tokens is not None:
@@ -287,7 +288,7 @@ class LayerCache:
             )
         batch, depth = step.tail_rows.shape
         if not self.tails:
-            self.tails = [x.new_zeros(batch, depth, *x.shape[1:]) for x in sources]
+            self.tails = [kept_zeros(batch, depth, *x.shape[1:], dtype=x.dtype, device=x.device) for x in sources]
         extended = []
         for tail, x in zip(self.tails, sources, strict=True):
             rows = tail.new_zeros(step.new.total_k, *tail.shape[2:])
@@ -311,13 +312,13 @@ class LayerCache:
         self.columns = step.end
         for name, x in rows.items():
             index, size = (step.cmp_rows, step.cmp_size) if name.endswith("_cmp") else (step.rows, step.size)
-            buffer = self.buffers.get(name)
-            if buffer is None:
-                buffer = self.buffers[name] = x.new_zeros(len(step.tail_rows), size, *x.shape[1:])
-            elif buffer.shape[1] != size:
-                old, buffer = buffer, buffer.new_zeros(len(buffer), size, *x.shape[1:])
-                shared = min(size, old.shape[1])
-                buffer[:, :shared] = old[:, :shared]
+            buffer = old = self.buffers.get(name)
+            if buffer is None or buffer.shape[1] != size:
+                like = x if old is None else old
+                buffer = kept_zeros(len(step.tail_rows), size, *x.shape[1:], dtype=like.dtype, device=like.device)
+                if old is not None:
+                    shared = min(size, old.shape[1])
+                    buffer[:, :shared] = old[:, :shared]
                 self.buffers[name] = buffer
             buffer.flatten(0, 1).index_copy_(0, index, x.to(buffer.dtype))
         return {name: self.buffers[name] for name in rows}
@@ -326,6 +327,7 @@ class LayerCache:
         """As `CacheLengths.replayed`, for this layer."""
         self.columns += num
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """As `CacheLengths.select`, for this layer."""
         for name, x in self.buffers.items():
@@ -335,6 +337,12 @@ class LayerCache:
     def reset(self) -> None:
         """As `CacheLengths.reset`, for this layer. The memory stays, its contents are not read again."""
         self.columns = 0
+
+
+@torch.inference_mode(False)
+def kept_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that later passes write into, which `torch.inference_mode()` would forbid outside it."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def capturing(device: torch.device) -> bool:

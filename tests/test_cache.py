@@ -85,6 +85,25 @@ def test_rows_can_be_chosen_and_forgotten():
         x, rows = torch.randn(4, 40, 48, dtype=torch.float64), torch.tensor([3, 0, 2, 1])
 
 
+@pytest.mark.parametrize("max_length", [None, 300])
+def test_inference_mode_can_end_or_begin_between_passes(max_length):
+    """Before and after rows were chosen, and where buffers grow."""
+    layer, x, rows = layer_of((8, 4, 16)), torch.randn(2, 290, 48, dtype=torch.float64), torch.tensor([1, 0])
+    lengths, cache, outs, at = CacheLengths(layer.config, max_length), LayerCache(), [], 0
+    for i, num in enumerate((20, 1, 5, 1, 260, 1, 2)):
+        with torch.inference_mode(i % 2 == 0), torch.no_grad():
+            out, _ = run(layer, x[:, at : at + num], [num], lengths=lengths, cache=cache)
+            outs.append(out)
+            at += num
+            if i % 3 == 2:
+                lengths.select(rows)
+                cache.select(rows)
+                x, outs = x[rows], [y[rows] for y in outs]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(outs, dim=1), layer(x), rtol=1e-12, atol=1e-12)
+    lengths.reset()
+
+
 @torch.no_grad()
 def test_growing_keeps_what_is_there():
     layer = layer_of((32, 16, 64), torch.float32)
@@ -118,6 +137,9 @@ def test_decoding_does_not_look_at_data(monkeypatch):
     layer, x = layer_of((8, 4, 16)), torch.randn(2, 40, 48, dtype=torch.float64)
     lengths, mask = CacheLengths(layer.config), torch.ones(2, 40)
     lengths.advance((2, 39), x.device, mask[:, :39])
+
+    # Only on a CPU, where nothing waits, does a plan look at its lengths.
+    monkeypatch.setattr(nsattn.plan, "_max_length", lambda name, cu, total, longest: min(total, longest))
 
     def refuse(*args):
         raise AssertionError("a tensor was read")

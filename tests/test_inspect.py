@@ -62,9 +62,12 @@ def test_shared_blocks_are_counted():
     assert shared_with_neighbour(a).item() == pytest.approx((2 + 3 + 1) / 7)
 
 
-def test_refusals(finished, tmp_path):  # noqa: F811
+def test_refusals(finished, text, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "short").write_bytes(b"a")
     with pytest.raises(ValueError, match="must hold at least 2 bytes, got 1"):
         look(finished, text=tmp_path / "short", length=0, device="cpu", impl="auto")
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 4 * 2 * 96**2}.get)  # four matrices of 96
+    with pytest.raises(ValueError, match="NSA at 1 sequences of 97 bytes needs"):
+        look(finished, text=text, length=97, device="cpu", impl="auto")
     result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "nothing")])
     assert result.exit_code == 2 and "error: " in result.output

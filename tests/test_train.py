@@ -396,6 +396,7 @@ def assert_refused(result, message: str) -> None:
         (["--seq-len", "1"], "seq_len must be at least 2, got 1"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--batch-size", "-3"], "batch_size must be at least 1, got -3"),
+        (["--seed", "-1"], r"seed must be between 0 and 2\*\*64 - 1, got -1"),
         (["--lr", "7"], "lr must be between 0 and 1, got 7"),
         (["--preset", "huge"], "preset must be one of tiny, small, got 'huge'"),
         (["--attention", "linear"], "attention must be one of nsa, full, got 'linear'"),
@@ -535,6 +536,16 @@ def test_recorded_selection_is_what_the_model_selects(finished, tmp_path):
 def test_record_selection_refuses_lengths(finished, tmp_path, lengths, message):
     out = tmp_path / "s.safetensors"
     assert_refused(invoke("record-selection", finished, "--lengths", lengths, "--out", out), message)
+    assert not out.exists()
+
+
+def test_record_selection_refuses_what_does_not_fit(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 4 * 2 * 96**2}.get)  # four matrices of 96
+    out = tmp_path / "s.safetensors"
+    record(finished, [96], out, device="cpu", impl="reference")
+    out.unlink()
+    with pytest.raises(ValueError, match="NSA at 1 sequences of 97 bytes.*or read fewer bytes"):
+        record(finished, [64, 97], out, device="cpu", impl="reference")
     assert not out.exists()
 
 

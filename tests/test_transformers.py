@@ -21,6 +21,7 @@ from transformers import (
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -174,6 +175,22 @@ def test_a_mask_of_ones_and_positions_change_nothing():
     close(model(ids, logits_to_keep=3).logits, want[:, -3:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_positions_that_jump_ahead_do_not_split(layers):
+    """As in training for longer texts (PoSE): the same with a mask, with padding in another row, and with neither."""
+    model, ids = sparse(layers=layers), tokens(2, 40)
+    pos = torch.arange(40)[None] + 100 * (torch.arange(40) >= 20)
+    mask = torch.ones_like(ids)
+    want = model(ids, position_ids=pos, attention_mask=mask).logits
+    assert torch.equal(model(ids, position_ids=pos).logits, want)
+    assert not torch.allclose(model(ids[:, 20:]).logits, want[:, 20:], atol=0.1)
+    mask[1, 35:] = 0
+    close(model(ids, position_ids=pos.expand(2, -1), attention_mask=mask).logits[0], want[0])
+    close(model(ids[1:], position_ids=pos, attention_mask=mask[1:]).logits[0, :35], want[1, :35])
+    close(model(ids[1:], position_ids=pos, cu_seq_lens_q=torch.tensor([0, 40])).logits[0], want[1])
+
+
 def test_rows_past_the_last_sequence_do_not_disturb():
     model, ids = sparse(layers=[1, 2]), tokens(1, 50)
     got = model(ids, cu_seq_lens_q=torch.tensor([0, 31], dtype=torch.int32), max_length_q=31).logits
@@ -317,6 +334,19 @@ def test_dense_checkpoint_loads(family, compression, tmp_path):
 
 
 @torch.no_grad()
+def test_trained_weights_of_a_compressor_survive_a_missing_one(tmp_path):
+    model = sparse(compression="mlp", layers=[1])
+    compressor = model.model.layers[1].self_attn.compress_k
+    for p in compressor.parameters():
+        p.fill_(3)
+    state = {name: x for name, x in model.state_dict().items() if "compress_k.w1" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    again = hf.NSALlamaForCausalLM.from_pretrained(tmp_path).model.layers[1].self_attn.compress_k
+    assert {name for name, p in again.named_parameters() if not (p == 3).all()} == {"w1"}
+    assert 0.8 < again.w1.std() * (8 * 16) ** 0.5 < 1.2
+
+
+@torch.no_grad()
 def test_from_scratch_starts_like_a_conversion(family):
     config_class, lm_class = FAMILIES[family][2:4]
     model = lm_class(config_class.from_dict(dense(family).config.to_dict()))
@@ -356,6 +386,21 @@ def test_base_models_convert():
     assert type(hf.convert_to_nsa(model, SHORT, gate_bias=40.0)) is hf.NSALlamaModel
     close(model(ids).last_hidden_state, want)
     assert torch.equal(hf.convert_to_dense(model)(ids).last_hidden_state, want)
+
+
+@torch.no_grad()
+def test_base_model_of_a_classifier(tmp_path):
+    model, ids = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)).eval(), tokens(2, 40)
+    hf.convert_to_nsa(model.model, LONG)
+    model.config = model.model.config
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path))
+    assert type(again.model) is hf.NSALlamaModel and torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("layers", [range(2), (1, 0), {0, 1}])
+def test_layers_are_any_iterable(layers):
+    assert sorted(sparse(layers=layers).config.nsa_layers) == [0, 1]
 
 
 def test_hidden_states_in_a_fresh_process():
@@ -471,6 +516,9 @@ def test_refusals():
             model(ids, **kwargs)
     with pytest.raises(ValueError, match="one packed row"):
         model(tokens(2, 20), cu_seq_lens_q=cu)
+    for kwargs in ({"cu_seq_lens_q": [0, 20]}, {"position_ids": [list(range(20))]}):
+        with pytest.raises(TypeError, match="must be a tensor, got list. Pass torch.tensor"):
+            model(ids, **kwargs)
 
 
 def test_config_refusals():
@@ -480,6 +528,7 @@ def test_config_refusals():
         ("llama", {"num_key_value_heads": 4}, ValueError, "must be a multiple of num_key_value_heads"),
         ("llama", {"nsa_layers": [0, 3]}, ValueError, "nsa_layers must be"),
         ("llama", {"nsa_layers": [1, 1]}, ValueError, "nsa_layers must be"),
+        ("llama", {"nsa_layers": []}, ValueError, "nsa_layers must be one or more"),
         ("llama", {"attention_dropout": 0.1}, NotImplementedError, "attention_dropout must be 0"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, NotImplementedError, "sliding_attention"),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, NotImplementedError, "sliding_attention"),

@@ -81,6 +81,16 @@ def test_beams_and_samples_are_the_same_with_a_cache(layers):
         assert torch.equal(*results), options
 
 
+def test_a_cache_goes_on_outside_inference_mode():
+    model, ids = sparse(layers=[0, 2]), tokens(1, 25)
+    with torch.no_grad():
+        want = model(ids).logits[:, 20:]
+    with torch.inference_mode():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+    with torch.no_grad():
+        close(model(ids[:, 20:], past_key_values=cache).logits, want)
+
+
 @torch.no_grad()
 def test_a_conversation_goes_on_from_its_cache():
     model, first, second = sparse().double(), tokens(1, 20), tokens(1, 9)
@@ -122,6 +132,9 @@ def test_a_decoding_step_does_not_look_at_data(monkeypatch):
     cache = hf.NSACache(model.config, max_length=50)
     model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
     buffers = [x.data_ptr() for layer in cache.layers for x in layer.buffers.values()]
+
+    # Only on a CPU, where nothing waits, does a plan look at its lengths.
+    monkeypatch.setattr(nsattn.plan, "_max_length", lambda name, cu, total, longest: min(total, longest))
 
     def refuse(*args):
         raise AssertionError("a tensor was read")
@@ -186,10 +199,14 @@ def test_refusals():
         cache.layers[0].update(torch.zeros(1), torch.zeros(1))
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="a cache holds no gradients"):
         model(ids, use_cache=True)
-    mixed = sparse(config=LONG, layers=[0])
+    mixed = sparse(config=LONG, layers=[2])
     cache = mixed(ids, use_cache=True, attention_mask=torch.ones_like(ids)).past_key_values
     with pytest.raises(ValueError, match="attention_mask must be given again"):
         mixed(ids[:, :1], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="an NSA cache cannot go back"):
+        cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 3  # nothing has been cropped
+    cache.crop(0)
     with pytest.raises(NotImplementedError, match="a captured step must have NSA in every layer"):
         cache.replayed(1)
     training = sparse().train()

@@ -14,7 +14,7 @@ from torch import Tensor
 from nsattn.config import NSAConfig
 from nsattn.train.checkpoint import load_checkpoint, restore, write_atomically
 from nsattn.train.data import load_corpus
-from nsattn.train.loop import CHECKPOINT, choose_device, precision
+from nsattn.train.loop import CHECKPOINT, check_memory, choose_device, precision
 from nsattn.train.model import ByteLM
 from nsattn.train.pictures import draw_gates, draw_selection
 from nsattn.train.presets import RunConfig
@@ -47,7 +47,7 @@ def inspect(source: Path, out: Path, *, text: Path | None, length: int, device: 
         The files written.
 
     Raises:
-        ValueError: nothing to read, full attention, too little text.
+        ValueError: nothing to read, full attention, too little text, more than fits on a CPU.
     """
     view = look(source, text=text, length=length, device=device, impl=impl)
     out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,7 @@ def look(source: Path, *, text: Path | None, length: int, device: str, impl: str
     if len(data) < 2:
         raise ValueError(f"{name} must hold at least 2 bytes, got {len(data)}. Give a longer text.")
     place = choose_device(device)
+    check_memory(run.model, place, 1, len(data), backward=False)
     model = ByteLM(run.model, impl=impl).to(place)
     restore(saved, source / CHECKPOINT, model)
     selections, gates = run_model(model, data[None].to(place), place)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nsattn.train import checkpoint as checkpoints
 from nsattn.train.data import Corpus, bits, load_corpus, ngram_bits_per_byte
-from nsattn.train.model import ByteLM
+from nsattn.train.model import ByteLM, ModelConfig
 from nsattn.train.pictures import draw_loss, draw_selection, read_curve
 from nsattn.train.presets import RunConfig
 from nsattn.train.sample import generate
@@ -93,7 +93,7 @@ def train_run(
             f"{out} already exists and is not empty. Add --resume to go on with that run, give another folder with "
             "--out, or remove it."
         )
-    check_memory(run, place)
+    check_memory(run.model, place, run.batch_size, run.seq_len)
     corpus = load_corpus(run.data, seq_len=run.seq_len)
     training = _Training(run, corpus, out, place, impl)
     if saved is not None:
@@ -310,18 +310,21 @@ def precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def check_memory(run: RunConfig, device: torch.device) -> None:
-    """Refuse what the reference path cannot hold: on a CPU, NSA keeps whole score matrices of every layer."""
-    if device.type != "cpu" or run.model.attention != "nsa":
+def check_memory(
+    model: ModelConfig, device: torch.device, batch_size: int, seq_len: int, *, backward: bool = True
+) -> None:
+    """Refuse what the reference path cannot hold: on a CPU, NSA makes whole score matrices."""
+    if device.type != "cpu" or model.attention != "nsa":
         return
-    scores = run.batch_size * run.model.num_heads * run.seq_len**2 * 4
-    needed = 9 * scores * run.model.layers  # measured: about nine such matrices per layer live until the backward
+    # Measured: about nine such matrices per layer live until the backward; without one, about four of one layer.
+    matrices = 9 * model.layers if backward else 4
+    needed = matrices * batch_size * model.num_heads * seq_len**2 * 4
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"NSA at {run.batch_size} sequences of {run.seq_len} bytes needs about {needed / 2**30:.0f} GiB on a CPU, "
-            f"where the reference keeps whole score matrices; this machine has {there / 2**30:.0f} GiB. Use a GPU, "
-            "--preset tiny, or lower --seq-len or --batch-size."
+            f"NSA at {batch_size} sequences of {seq_len} bytes needs about {needed / 2**30:.0f} GiB on a CPU, where "
+            f"the reference makes whole score matrices; this machine has {there / 2**30:.0f} GiB. Use a GPU, "
+            + ("--preset tiny, or lower --seq-len or --batch-size." if backward else "or read fewer bytes.")
         )
 
 

@@ -50,6 +50,8 @@ class RunConfig:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 2), ("evals", 1), ("eval_windows", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}. Raise it.")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}. Use 0 for example.")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr must be between 0 and 1, got {self.lr}. A usual value is 1e-3.")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsattn.train.checkpoint import load_checkpoint, restore, write_atomically
 from nsattn.train.data import load_corpus
-from nsattn.train.loop import CHECKPOINT, choose_device, precision
+from nsattn.train.loop import CHECKPOINT, check_memory, choose_device, precision
 from nsattn.train.model import ByteLM
 from nsattn.train.presets import RunConfig
 
@@ -46,7 +46,7 @@ def record(
         The metadata.
 
     Raises:
-        ValueError: no usable checkpoint, full attention, too little text, or the file exists.
+        ValueError: no usable checkpoint, full attention, too little text, more than fits on a CPU, or the file exists.
     """
     place = choose_device(device)
     saved = load_checkpoint(folder / CHECKPOINT)
@@ -64,6 +64,7 @@ def record(
         raise ValueError(f"{corpus.name} is not the text that {folder} was trained on. Bring it back.")
     if max(lengths) > len(corpus.held_out):
         raise ValueError(f"the held-out text has {len(corpus.held_out)} bytes, got length {max(lengths)}. Lower it.")
+    check_memory(run.model, place, 1, max(lengths), backward=False)
     model = ByteLM(run.model, impl=impl).to(place)
     restore(saved, folder / CHECKPOINT, model)
     tensors = {}

@@ -134,6 +134,11 @@ class NSACache(Cache):
         self.lengths.reset()
         self.was_masked = False
 
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:  # they refuse before a dense layer has changed
+            if isinstance(layer, NSACacheLayer):
+                layer.crop(tokens_to_remove)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self.lengths.select(beam_idx)

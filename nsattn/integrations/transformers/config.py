@@ -75,10 +75,10 @@ class NSAFields:
                 f"{self.num_key_value_heads}. Change one of them."
             )
         layers = self.sparse_layers
-        if len(set(layers)) != len(layers) or not set(layers) <= set(range(self.num_hidden_layers)):
+        if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(self.num_hidden_layers)):
             raise ValueError(
-                f"nsa_layers must be different layers from 0 to {self.num_hidden_layers - 1}, got {layers}. "
-                "None means all."
+                f"nsa_layers must be one or more different layers from 0 to {self.num_hidden_layers - 1}, got "
+                f"{layers}. None means all."
             )
         if self.attention_dropout:
             raise NotImplementedError(

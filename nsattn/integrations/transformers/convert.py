@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ FAMILIES = (
 def convert_to_nsa(
     model: Any,
     config: NSAConfig | None = None,
-    layers: list[int] | None = None,
+    layers: Iterable[int] | None = None,
     *,
     compression: str = "linear",
     gate_bias: float = 4.0,
@@ -52,10 +53,17 @@ def convert_to_nsa(
     """Turn a loaded dense model into its NSA class, in place: the weights stay the same tensors.
 
     Args:
-        model: a `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`, or the base model of one.
+        model: a `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`, or the base model of one. After
+            the conversion of a base model inside another model `c`, say a classifier, set `c.config = c.model.config`,
+            and load what `c` saves by `type(c).from_pretrained(folder, config=AutoConfig.from_pretrained(folder))`.
+            Without both, the loaded model is dense: neither class knows of the other.
         config: block sizes. Default: the paper's.
-        layers: which layers get NSA. Default: all.
-        compression: phi, `linear`, `mlp`, `gated` or `mean`.
+        layers: which layers get NSA, at least one. Default: all.
+        compression: phi, see `nsattn.nn.Compressor`. Parameters that it adds to a layer, and to one of Llama-3-8B:
+            `linear`: 2 * Hkv * D * (l * D + 1), 8.4M.
+            `mlp`: 2 * Hkv * D * (l * (D + 1) + D + 2), 8.7M.
+            `gated`: 2 * Hkv * (D + l), 2560.
+            `mean`: none.
         gate_bias: the gates start at sigmoid(-bias, bias, -bias) for cmp, slc, win.
 
     Returns:
@@ -70,6 +78,7 @@ def convert_to_nsa(
     config = NSAConfig() if config is None else config
     checks.check_config(config)
     fields = {f"nsa_{name}": value for name, value in asdict(config).items()}
+    layers = None if layers is None else list(layers)
     fields |= {"nsa_compression": compression, "nsa_gate_bias": gate_bias, "nsa_layers": layers}
     sparse = family.sparse_config.from_dict({**model.config.to_dict(), **fields})
     base = model if type(model) is family.model else model.model

@@ -113,12 +113,17 @@ class SparseAttention(nn.Module):
 class NSAPreTrained:
     """How new weights start, for `from_pretrained` of a checkpoint that lacks them."""
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, GateProjection):
             module.reset_parameters()
         elif isinstance(module, Compressor):
-            if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+            params = list(module.parameters())
+            loaded = [(p, p.clone()) for p in params if getattr(p, "_is_hf_initialized", False)]
+            if len(loaded) < len(params):
                 module.reset_parameters()
+                for p, value in loaded:
+                    p.copy_(value)
         else:
             super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -155,7 +160,7 @@ class NSABaseModel(NSAPreTrained):
 
         Raises:
             ValueError: a mask or lengths of the wrong form.
-            TypeError: `past_key_values` of another class than `NSACache`.
+            TypeError: `past_key_values` of another class than `NSACache`; positions or lengths that are no tensors.
             NotImplementedError: `output_attentions=True`, a 4-D mask, packed rows or gradients with a cache.
         """
         checks.check_whole_sequences()
@@ -196,7 +201,10 @@ class NSABaseModel(NSAPreTrained):
         plan = make_plan(cu, size.numel(), config=self.config.block_sizes, max_seqlen=longest)
         index = positions(plan).view(size)
         mask = self.dense_mask(inputs_embeds, None, None, index)
-        index = index if position_ids is None else position_ids
+        if position_ids is not None:
+            index = position_ids
+            if mask is None:  # the stock forward would take a jump of the positions for another sequence
+                mask = inputs_embeds.new_ones(size, dtype=torch.bool)
 
         out = super().forward(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=inputs_embeds,
@@ -226,7 +234,8 @@ class NSABaseModel(NSAPreTrained):
         """Forward pass of new tokens `[Bsz, S, dim]` after what the cache holds; arguments as `forward` has them.
 
         Padding stays in the batch (taking it out would wait for the device), is not kept, and comes out as zeros. One
-        new token per row waits for nothing; more wait for the comparison of `position_ids`.
+        new token per row waits for nothing, and its `position_ids` are not read; those of more are compared, which
+        waits.
         """
         mask = self.dense_mask(inputs_embeds, attention_mask, cache, position_ids)
         step = cache.advance(inputs_embeds.shape[:2], inputs_embeds.device, attention_mask)
@@ -357,6 +366,9 @@ def check_lengths(
             f"attention_mask must be {columns} like the tokens, cached ones included, got "
             f"{tuple(attention_mask.shape)}. Cut or extend it."
         )
+    for name, x in (("position_ids", position_ids), ("cu_seq_lens_q", cu)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}. Pass torch.tensor({name}).")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != shape[1]):
         raise ValueError(f"position_ids must be [1 or Bsz, S], got {tuple(position_ids.shape)} for {tuple(shape[:2])}.")
     if cu is not None and (attention_mask is not None or shape[0] != 1):
@@ -370,16 +382,15 @@ def find_sequences(
 ) -> tuple[Tensor | None, Tensor]:
     """Rows of the flattened batch to keep as one packed row, and where its sequences start. Waits for the device.
 
-    A sequence starts with a row of the batch, and where positions do not go on by one (between tokens that a mask
-    keeps, only where they do not grow: the mask may have holes). `keep` is None for a batch of whole rows.
+    A sequence starts with a row of the batch, and where positions do not grow. They may jump ahead: a mask has holes,
+    and training for longer texts leaves positions out. `keep` is None for a batch of whole rows.
     """
     num, length = shape[:2]
     row = torch.arange(num * length, device=device)
     pos = row % length if position_ids is None else position_ids.to(device).expand(num, length).flatten()
     keep = row if attention_mask is None else attention_mask.to(device).flatten().nonzero().squeeze(1)
     row, pos = row[keep] // length, pos[keep]
-    step = pos.diff()
-    goes_on = (row.diff() == 0) & (step == 1 if len(keep) == num * length else step > 0)
+    goes_on = (row.diff() == 0) & (pos.diff() > 0)
     start = torch.cat([goes_on.new_ones(len(row[:1])), ~goes_on]).nonzero().squeeze(1)
     cu = torch.cat([start, start.new_full((1,), len(keep))]).int()
     return (None if len(keep) == num * length and len(start) == num else keep), cu
