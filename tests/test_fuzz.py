@@ -57,6 +57,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.timeout(1200 if GPU else 300)  # on a GPU every case compiles its kernels
 @pytest.mark.parametrize(("operation", "impl"), OPERATIONS)
 def test_random_cases(operation, impl):
     examples = 40 if GPU else 2 if impl == "qmajor" else 6  # qmajor interprets a program per token: slow

@@ -121,9 +121,9 @@ def kernel_times(results: Results) -> Times:
 
 
 def shown_times(results: Results) -> tuple[Times, bool]:
-    """(times, whether they are sums) of what is shown: the sums once everyone who has times has sums."""
+    """(times, whether they are sums) of what is shown: the sums once all times of the selected branch have them."""
     sums, alone = kernel_times(results), selected_times(results.selected)
-    whole = bool(sums) and {who for _, who, _ in sums} == {who for _, who, _ in alone}
+    whole = bool(sums) and sums.keys() == alone.keys()
     return (sums if whole else alone), whole
 
 
@@ -384,7 +384,7 @@ def _parts_table(rows: Sequence[Row]) -> str:
                 cells = []
                 for op in OPERATIONS:
                     forward, backward = (way.get(op, (None, True)) for way in ways)
-                    cells.append(pair(forward[0], backward[0], forward[1] and backward[1]).removesuffix(" / "))
+                    cells.append(pair(forward[0], backward[0], forward[1] and backward[1]))
                 lines.append([str(T), {OURS: "nsattn", **NAMES}[project], *cells])
     return markdown((("T", "whose", *OPERATIONS), lines)) if lines else _not_yet("attention")
 

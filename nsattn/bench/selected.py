@@ -7,7 +7,7 @@ time; bringing the selection into a peer's own form is not. Backward is the auto
 The check compares the output of the last rows with the reference, and the gradients of a loss that reads these rows
 alone. What fails it is timed and marked; what is missing, refuses a shape or raises is listed under `not_run`.
 
-Up to 16384 tokens the host's launches rule a time, so contenders that never wait for the device are timed once more
+Up to 65536 tokens the launches of a slow host may rule a time, so contenders that never wait for the device are timed once more
 as CUDA graphs (`impl` ends with "graph").
 """
 
@@ -344,4 +344,5 @@ def pair(forward: float | None, backward: float | None, ok: bool) -> str:
     """Two times as text, marked where the result is wrong."""
     if forward is None and backward is None:
         return ""
-    return " / ".join("" if x is None else f"{x:.2f}" for x in (forward, backward)) + ("" if ok else " (wrong)")
+    text = " / ".join("" if x is None else f"{x:.2f}" for x in (forward, backward)).removesuffix(" / ")
+    return text + ("" if ok else " (wrong)")

@@ -20,7 +20,7 @@ PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
 PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
 LEAST_CALLS, MOST_CALLS = 3, 200  # three, so that a stall of the host is not the median
-GRAPH_TOKENS = 16384  # up to here the host's launches may take longer than the kernels: timed as CUDA graphs too
+GRAPH_TOKENS = 65536  # up to here the launches of a slow host may take longer than the kernels: CUDA graphs too
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
 
