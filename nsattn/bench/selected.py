@@ -7,8 +7,8 @@ time; bringing the selection into a peer's own form is not. Backward is the auto
 The check compares the output of the last rows with the reference, and the gradients of a loss that reads these rows
 alone. What fails it is timed and marked; what is missing, refuses a shape or raises is listed under `not_run`.
 
-Up to 65536 tokens the launches of a slow host may rule a time, so contenders that never wait for the device are timed once more
-as CUDA graphs (`impl` ends with "graph").
+Up to 65536 tokens the launches of a slow host may rule a time, so contenders that never wait for the device are timed
+once more as CUDA graphs (`impl` ends with "graph").
 """
 
 from __future__ import annotations
