@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 SLC_BLOCKS = (16, 32, 64, 128)
@@ -241,6 +242,7 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
         raise ValueError(f"impl must be one of {', '.join(BRANCH_IMPLS)}, got {impl!r}. Use impl='auto'.")
     if impl in cells:
         _refuse(operation, impl, *unmet(cells[impl], shape))
+        _refuse_forward_mode(operation, impl)
         return impl
     portable = impl == "triton"
     kernels = [n for n, cell in cells.items() if cell.is_kernel and not (portable and cell.generation)]
@@ -259,6 +261,7 @@ def resolve(operation: str, impl: str, shape: Shape) -> str:
             )
         return "reference"
     _refuse(operation, name, machine, limits)
+    _refuse_forward_mode(operation, name)
     return name
 
 
@@ -313,3 +316,12 @@ def _refuse(operation: str, impl: str, machine: list[str], limits: list[str]) ->
         raise ValueError(f"{operation} ({impl}): {'; '.join(limits)}. {advice}")
     if machine:
         raise NotImplementedError(f"{operation} ({impl}): {'; '.join(machine)}. {advice}")
+
+
+def _refuse_forward_mode(operation: str, impl: str) -> None:
+    """A custom op drops the tangents of forward-mode derivatives: they would be zero, and nothing would say so."""
+    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0 and impl != "reference":
+        raise NotImplementedError(
+            f"{operation} ({impl}): kernels have no forward-mode derivatives (jvp), got a call inside one. Use "
+            "impl='reference', or the backward."
+        )

@@ -278,6 +278,19 @@ def test_kernels_for_one_generation_need_a_triton_that_compiles_them(monkeypatch
         dispatch.resolve("attend_selected", "kvmajor_sm90", hopper)
 
 
+def test_kernels_refuse_forward_mode_derivatives(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v, g, cu_seqlens = packed()
+
+    def attend(q, impl):
+        return nsattn.nsa_attention(q, k, v, gates=g, config=TINY, cu_seqlens=cu_seqlens, impl=impl)
+
+    _, tangent = torch.func.jvp(lambda q: attend(q, "reference"), (q,), (torch.ones_like(q),))
+    assert tangent.any()
+    with pytest.raises(NotImplementedError, match=r"kernels have no forward-mode derivatives \(jvp\)"):
+        torch.func.jvp(lambda q: attend(q, "triton"), (q,), (torch.ones_like(q),))
+
+
 def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "auto", shape()) == "kvmajor"
     assert dispatch.resolve("attend_selected", "auto", shape(group=64)) == "qmajor"
