@@ -22,9 +22,9 @@ ValueError for sizes outside the kernels' range; NotImplementedError for a kerne
 cannot run.
 
 Common numerics: scores, softmax statistics and accumulators are float32 (float64 for float64 inputs), but the reference
-multiplies in the type of its inputs, so that in 16 bit its scores are rounded to 16 bit. Probabilities are rounded to the
-input type before they meet the values. `lse` is the natural logarithm. Results repeat bit for bit and do not depend on
-what else is in the batch. Under autocast, inputs are cast to its dtype.
+multiplies in the type of its inputs, so that in 16 bit its scores are rounded to 16 bit. Probabilities are rounded to
+the input type before they meet the values. `lse` is the natural logarithm. Results repeat bit for bit and do not depend
+on what else is in the batch. Under autocast, inputs are cast to its dtype.
 """
 
 from __future__ import annotations
