@@ -1,13 +1,14 @@
 """Forward of the dense branches, Eq 8 and section 3.3.3, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
 
 Replaces the forward kernel of `_dense`, with the same rule for who sees which key. The queries of a KV head are rows
-ordered by token, then head of the group, and a program holds 128 of them: a pair of table tiles has 128 G rows, which G
-programs share whatever G is. Two warpgroups own 64 rows each and share the keys and values of a step, 128 of each, in
-shared memory three deep: the first copies the keys, the second the values. They wait for each other's data only, so one
-multiplies while the other takes exponentials. Inside a warpgroup the product of the last step's probabilities with V is
-under way while this step's softmax is computed.
+ordered by token, then head of the group. A pair of table tiles has 128 G of them, G parts of 128 rows, and a program does
+many parts in turn. Two warpgroups own 64 rows each and share the keys and values of a step, 128 of each, in shared
+memory three deep: the first copies the keys, the second the values. They wait for each other's data only, between parts
+too, so one multiplies while the other takes exponentials, or begins. Inside a warpgroup the product of the last step's
+probabilities with V is under way while this step's softmax is computed.
 
-On an H200, compressed keys of 64K tokens and 32/8 heads: 4.3 ms where `_dense` takes 5.3 (docs/log.md, 2026-11-23).
+On an H200, compressed keys of 64K tokens and 32/8 heads: 4.2 ms where `_dense` takes 5.3 (docs/log.md, 2026-11-23 and
+27).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 STAGES = gl.constexpr(3)
-TURNS = 2
+TURNS = 2  # of a multiprocessor where there are many parts
 
 
 @gluon.jit
