@@ -6,7 +6,6 @@ same cells. An implementation that is asked for by name is used or refused, neve
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
@@ -174,7 +173,6 @@ def capability(device: str, index: int | None) -> tuple[int, int] | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def triton_version() -> tuple[int, ...] | None:
     """Of the Triton that is installed, such as (3, 6); None if there is none."""
     try:

@@ -81,6 +81,7 @@ def gpu_cases() -> list[Case]:
     cases = [base, Case("hostile", hostile=True, axis="hostile"), Case("own window", own_window=True, axis="own"),
              Case("chunked prefill", (100, 30), (640, 30)),
              Case("decode", (1, 1, 1), (1000, 63, 1)), Case("more queries than keys", (200, 64), (90, 64)),
+             Case("no keys, then some", (64, 64, 200), (0, 64, 200)),
              Case("small workspace", lengths=(4000,), workspace=1 << 20, num_kv_heads=1, axis="workspace"),
              Case("groups cut", lengths=(4000,), workspace=48 << 20, num_kv_heads=1, group=5, axis="workspace"),
              Case("long lists", lengths=(6000,), config=few, num_kv_heads=1, group=2, axis="workspace")]
@@ -117,6 +118,7 @@ def interpreter_cases() -> list[Case]:
         replace(base, name="chunked prefill", lengths=(5, 20), lengths_k=(40, 20)),
         replace(base, name="decode", lengths=(1, 1, 1), lengths_k=(50, 9, 1)),
         replace(base, name="more queries than keys", lengths=(30, 8), lengths_k=(11, 0)),
+        replace(base, name="no keys, then some", lengths=(8, 20), lengths_k=(0, 20)),
         replace(base, name="small workspace", lengths=(130,), workspace=1 << 14, axis="workspace"),
         replace(base, name="groups cut", lengths=(130,), workspace=1 << 17, group=5, axis="workspace"),
         replace(base, name="G=5, two KV heads", lengths=(40, 33), num_kv_heads=2, group=5, axis="G"),

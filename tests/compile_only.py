@@ -258,7 +258,8 @@ def kernel_names(targets: set[str]) -> set[str]:
     functions = {f.fn.__name__: f.src for module in kernel_modules() if not module.__name__.endswith(others)
                  for f in vars(module).values() if isinstance(f, JITFunction)}
     programs = (name for name, source in functions.items() if "program_id" in source)
-    return {name for name in programs if sum(f"{name}(" in source for source in functions.values()) == 1}
+    called = [name for name in functions if any(f"({name}, (" in source for source in functions.values())]  # by warps
+    return {name for name in programs if sum(f"{name}(" in source for source in functions.values()) == 1} - {*called}
 
 
 def build(launch: Launch, target: Target) -> Result:

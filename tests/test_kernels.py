@@ -209,6 +209,30 @@ def test_long_sequences(dtype, group):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(("attend_window", "triton_sm90") not in ATTENTION, reason="kernels for Hopper")
+@pytest.mark.parametrize("group", [1, 3, 4, 5])
+@pytest.mark.parametrize("operation", ["attend_compressed", "attend_window"])
+def test_parts_in_turn_are_parts_side_by_side(operation, group, monkeypatch):
+    """The dense kernels for Hopper with three programs for all parts, and with one for each: the same bits."""
+    from nsattn.kernels import _dense_backward_sm90, _dense_sm90
+
+    x = make_inputs((700, 0, 1, 322), lengths_k=(900, 0, 1, 322), num_kv_heads=2, group=group, head_dim=128,
+                    dtype=torch.bfloat16, device="cuda", slack=70)  # fmt: skip
+    module = dispatch.load(operation, "triton_sm90")
+    k, v = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k_win, x.v_win)
+    options = {"scale": x.scale, "workspace": 1 << 30}
+    results = []
+    for programs in (lambda parts, device: parts, lambda parts, device: min(parts, 3)):
+        for using in (_dense_sm90, _dense_backward_sm90):
+            monkeypatch.setattr(using, "programs", programs)
+        o, lse = getattr(module, operation)(x.q, k, v, x.plan, **options)
+        backward = [getattr(module, f"{operation}_bwd")(x.q, None, x.q, k, v, o, lse, x.plan, **options, dq=total)
+                    for total in (None, x.q.clone())]  # fmt: skip
+        results.append((o, lse, *backward[0], *backward[1]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("operation", "impl"), ATTENTION)
 def test_250_repeats(operation, impl):
     """A batch of sequences, forward and backward 250 times: not one bit differs."""

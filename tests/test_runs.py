@@ -7,6 +7,7 @@ import torch
 
 from nsattn import NSAConfig
 from nsattn.kernels import _runs_sm90, reference
+from nsattn.kernels._chunks import Chunk
 from nsattn.kernels._gradient import KeyBlocks, plain_gradient
 from nsattn.kernels._lists import Cut
 from nsattn.kernels._tile import row_delta
@@ -58,3 +59,15 @@ def test_gradients(branch, lengths, lengths_k, workspace, B, rows_per_item):
     )
     for name, *tensors in zip(("dk", "dv"), got, golden[1:], low[1:], strict=True):
         assert_close(*tensors, name)
+
+
+@pytest.mark.parametrize("bound", [16, 64, 200])
+def test_a_bound_that_is_too_low_leaves_rows_out(bound):
+    """`max_seqlen` below a sequence of 700 tokens: slices lie in the scratch that there is room for."""
+    plan = make_inputs((700, 30), num_kv_heads=2, config=CONFIG).plan._replace(max_q=bound)
+    keys = KeyBlocks(plan.cu_cmp, cumulative((plan.cu_cmp.diff() + 15) // 16), 12, 16, stride=4, span=8)
+    lists = _runs_sm90.runs(plan, keys, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=Cut(32, 32))
+    slots, used = lists.items[:, 5], lists.slices[lists.slices[:, 1] > lists.slices[:, 0]]
+    assert slots.max() < lists.num_slices or slots.max() == -1
+    assert (used <= lists.num_slices).all() and (len(used) > 0) == (slots.max() >= 0) == (lists.num_slices > 0)
+    assert lists.items[:, 4].max() == 32

@@ -1,10 +1,9 @@
 """Backward of the dense branches, Eq 8 and section 3.3.3, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
 
-Two passes. *dQ* is built like the forward in `_dense_sm90`: a program holds 128 rows of q and do, two warpgroups own
-64 each and do not wait for each other, keys and values of 64 a step pass through shared memory four deep. *dK, dV* is
-`_dense_keys_sm90` over lists of runs, as in `_runs_sm90`.
-Seven products for each pair of a query and a key instead of the five of one pass, and no scratch that grows with both
-lengths.
+Two passes. *dQ* is built like the forward in `_dense_sm90`: a program does parts of 128 rows of q and do in turn, two
+warpgroups own 64 each and wait for each other's copies only, keys and values of 64 a step pass through shared memory
+four deep. *dK, dV* is `_dense_keys_sm90` over lists of runs, as in `_runs_sm90`. Seven products for each pair of a
+query and a key instead of the five of one pass, and no scratch that grows with both lengths.
 """
 
 from __future__ import annotations

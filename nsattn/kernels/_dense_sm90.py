@@ -1,8 +1,8 @@
 """Forward of the dense branches, Eq 8 and section 3.3.3, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
 
 Replaces the forward kernel of `_dense`, with the same rule for who sees which key. The queries of a KV head are rows
-ordered by token, then head of the group. A pair of table tiles has 128 G of them, G parts of 128 rows, and a program does
-many parts in turn. Two warpgroups own 64 rows each and share the keys and values of a step, 128 of each, in shared
+ordered by token, then head of the group. A pair of table tiles has 128 G of them, G parts of 128 rows, and a program
+does many parts in turn. Two warpgroups own 64 rows each and share the keys and values of a step, 128 of each, in shared
 memory three deep: the first copies the keys, the second the values. They wait for each other's data only, between parts
 too, so one multiplies while the other takes exponentials, or begins. Inside a warpgroup the product of the last step's
 probabilities with V is under way while this step's softmax is computed.
@@ -32,7 +32,7 @@ from nsattn.kernels._tile import LN2, LOG2E
 from nsattn.plan import TILE, Plan
 
 D = gl.constexpr(128)
-ROWS = gl.constexpr(128)  # rows of a program
+ROWS = gl.constexpr(128)  # rows of a part
 BM = gl.constexpr(64)  # of a warpgroup
 BN = gl.constexpr(128)  # keys of a step
 PAIR = gl.constexpr(2 * TILE)  # queries of an entry of `Plan.q_pairs`

@@ -12,7 +12,7 @@ query tokens) a 64-bit word that tells which tokens of the tile chose the block.
 2. popular, where asked for: blocks that many neighbouring tokens chose leave the lists for a table of their own.
 3. count: running totals of the words' bit counts along the tiles give each word its place in its list.
 4. place: a pair's place is that of its word plus the number of lower bits in it.
-5. items: cut the lists, and without token ranges sort the items, the longest first.
+5. items: cut the lists, and without token ranges order the items by their size, the longest first, by running sums.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def _popular_kernel(
         before, until = _low_bits(tl.maximum(row0 - row, 0)), _low_bits(tl.minimum(row1 - row, 64))
         shift = tl.minimum(o_p * TOKENS, TILE_ROWS - 1).to(tl.uint64)[:, None]
         bits = _low_bits(tl.where(o_p < PARTS, TOKENS, 0))[:, None]
-        end = (position + tl.minimum(rows, TILE_ROWS) - 1) // B + 1
+        last = position + tl.minimum(rows, TILE_ROWS) - 1
+        end = tl.where(last >= 0, last // B + 1, 0)  # queries before the first key see nothing; -1 // B is 0
         p_tile = MASKS + _word(i_h, column, tl.load(CU_BLK + i_s), num_blk, columns)
         for b0 in range(0, end, BB):
             block = b0 + o_b

@@ -62,7 +62,8 @@ def _run_items_kernel(
     )
     most = most_pairs(CU_Q, seq, pairs, short_pairs, short)
     first = piece * most
-    several = total > most
+    # Longer than the plan's bound on the lengths: there is no room, what comes after the last piece is dropped.
+    several = (total > most) & (pieces > 1)
     p = ITEMS + i * 6
     tl.store(p, i_list // num_blk, mask=m)
     tl.store(p + 1, seq, mask=m)
@@ -70,7 +71,7 @@ def _run_items_kernel(
     tl.store(p + 3, lo + first, mask=m)
     tl.store(p + 4, tl.minimum(tl.maximum(total - first, 0), most), mask=m)
     tl.store(p + 5, tl.where(several, i, -1), mask=m)
-    used = tl.where(several, (total + most - 1) // most, 0)
+    used = tl.where(several, tl.minimum((total + most - 1) // most, pieces), 0)
     tl.store(SLICES + 2 * i_list, i, mask=m & (piece == 0))
     tl.store(SLICES + 2 * i_list + 1, i + used, mask=m & (piece == 0))
 

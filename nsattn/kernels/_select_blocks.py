@@ -74,10 +74,16 @@ def last_candidate(o_m, len_q, len_k, B: tl.constexpr, LOCAL: tl.constexpr):
 
 
 @triton.jit
-def range_of(i_range, first, len_q, len_k, B: tl.constexpr, LOCAL: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr):
-    """Begin and end of the i-th RANGE blocks, as far as BM rows from `first` need scores; one of the first at least."""
+def range_of(
+    i_range, first, len_q, len_k, num_cols,
+    B: tl.constexpr, LOCAL: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+):
+    """Begin and end of the i-th RANGE blocks, as far as BM rows from `first` need scores; one of the first at least.
+
+    A sequence longer than the plan's bound has more blocks than a row of the scratch: those are left out.
+    """
     last = last_candidate(tl.minimum(first + BM, len_q) - 1, len_q, len_k, B, LOCAL)
-    return i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.maximum(last, 0) + 1)
+    return i_range * RANGE, tl.minimum(tl.minimum((i_range + 1) * RANGE, num_cols), tl.maximum(last, 0) + 1)
 
 
 @triton.jit
@@ -188,7 +194,7 @@ def _scores_kernel(
         return
     o_m = first + tl.arange(0, BM)
     last_block = last_candidate(o_m, len_q, len_k, B, LOCAL)
-    j_begin, j_end = range_of(i_range, first, len_q, len_k, B, LOCAL, BM, RANGE)
+    j_begin, j_end = range_of(i_range, first, len_q, len_k, num_cols, B, LOCAL, BM, RANGE)
     if j_begin >= j_end:
         return
     # Rows past the end repeat the last one, whose scores they do not keep.
@@ -300,8 +306,9 @@ def _select_kernel(
             else:
                 free = N - INIT - LOCAL
                 i_row = (i_h.to(tl.int64) * num_tiles + i_tile) * BM + i_m
-                # Groups of the blocks INIT .. visible - LOCAL - 1
-                m_g = o_g * GS < visible - LOCAL
+                # Groups of the blocks INIT .. visible - LOCAL - 1, as far as there are scores
+                end = tl.minimum(visible - LOCAL, num_cols)
+                m_g = o_g * GS < end
                 best = tl.load(GROUP_MAX + i_row * (num_cols // GS) + o_g, mask=m_g, other=-1.0)
                 # -1 stands for a group without a block that competes; NaN is not less than 0.
                 keep = keep_best(best, m_g & ((best >= 0) | (best != best)), free, BN)
@@ -313,7 +320,7 @@ def _select_kernel(
                 tl.debug_barrier()
                 # [BN, GS], ascending
                 block = group[:, None] * GS + o_i[None, :]
-                m_b = (o_n < num_groups)[:, None] & (block >= INIT) & (block < visible - LOCAL)
+                m_b = (o_n < num_groups)[:, None] & (block >= INIT) & (block < end)
                 score = tl.load(SCORE + i_row * num_cols + block, mask=m_b, other=-1.0)
                 score, block = tl.reshape(score, [BN * GS]), tl.reshape(block, [BN * GS])
                 keep = keep_best(score, tl.reshape(m_b, [BN * GS]), free, BN)

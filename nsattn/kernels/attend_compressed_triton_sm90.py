@@ -1,7 +1,7 @@
 """attend_compressed, Eq 8, for Hopper: D = Dv = 128, bf16 or fp16.
 
-The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90`. On an H200 the latter takes 15.0 ms
-at 64K tokens and 32/8 heads, that of `_dense` 20.2; at 64/4 heads 30.9 and 59.2 (docs/log.md, 2026-11-23).
+The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90`. On an H200 they take 4.2
+and 12.8 ms at 64K tokens and 32/8 heads (docs/log.md, 2026-11-27), those of `_dense` 5.3 and 20.2 (2026-11-23).
 """
 
 from __future__ import annotations

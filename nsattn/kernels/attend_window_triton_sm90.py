@@ -1,8 +1,8 @@
 """attend_window, section 3.3.3, for Hopper: D = Dv = 128, bf16 or fp16.
 
-The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90`. On an H200, 32/8 heads, the
-latter takes 1.3 ms at 16K tokens and 5.3 at 64K, that of `_dense` 1.5 and 6.1 (docs/log.md, 2026-11-23). Below 16K its
-host launches count, 1.0 ms where nothing hides them; it stays, so that results do not depend on the batch.
+The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90`. On an H200 they take
+1.8 and 4.1 ms at 64K tokens and 32/8 heads (docs/log.md, 2026-11-27), those of `_dense` 2.0 and 6.1 (2026-11-23). Below
+16K host launches count where nothing hides them; it stays, so that results do not depend on the batch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the exponentials of one head are taken, the next head is multiplied. The last he
 the loop, where a new block of code begins, because the assembler moves a wait ahead of exponentials in the same block.
 Then the copy of the next keys starts, and flies during the last exponentials, pooling and stores.
 
-With l / d > 2 it takes the kernels of `_select_blocks`.
+`dispatch` offers it for l / d <= 2, B / d <= 32 and groups of up to 5 heads only.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _scores_sm90_kernel(
     i_s, first, start_q, len_q, len_k, start_c, len_c = query_tile(Q_TILES, CU_Q, CU_K, CU_CMP, last_tile - i_tile)
     if i_s < 0:
         return
-    j_begin, j_end = range_of(i_range, first, len_q, len_k, B, LOCAL, BM, RANGE)
+    j_begin, j_end = range_of(i_range, first, len_q, len_k, num_cols, B, LOCAL, BM, RANGE)
     if j_begin >= j_end:
         return
     p_lse = LSE + (start_q + first) * (num_kv_heads * G) + kv_head * G
