@@ -92,7 +92,8 @@ def nsa_attention(
         return_lse: return an `NSAOutput` with the log-sum-exps and the selection instead of o alone.
 
     Returns:
-        o, `[T, Hq, Dv]` (or batched) in the dtype of q. Rows past `cu_seqlens[-1]` are zero.
+        o, `[T, Hq, Dv]` (or batched) in the dtype of q. Rows past `cu_seqlens[-1]` are zero, where the
+        gates of these rows are finite.
 
     Raises:
         TypeError, ValueError, NotImplementedError: see the module's docstring.

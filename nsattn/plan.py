@@ -333,16 +333,16 @@ def _max_length(name: str, cu: Tensor, total: int, max_seqlen: int | None) -> in
         return total if max_seqlen is None else min(max_seqlen, total)
     starts = cu.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
-    if starts[0] != 0 or min(lengths, default=0) < 0 or starts[-1] > total:
+    if not starts or starts[0] != 0 or min(lengths, default=0) < 0 or starts[-1] > total:
         raise ValueError(
-            f"{name} must ascend from 0 to at most the {total} rows of the data, got {starts[:4]} .. {starts[-1]}. It "
-            "holds where each sequence begins, and where the last one ends."
+            f"{name} must ascend from 0 to at most the {total} rows of the data, got {starts[:4]} .. "
+            f"{starts[-1:]}. It holds where each sequence begins, and where the last one ends."
         )
     longest = max(lengths, default=0)
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(
-            f"max_seqlen must be at least the longest length, got {max_seqlen} and {longest} in {name}. Raise it, or "
-            "leave it out."
+            f"{name.replace('cu_seqlens', 'max_seqlen')} must be at least the longest length, got {max_seqlen} and "
+            f"{longest} in {name}. Raise it, or leave it out."
         )
     return longest if max_seqlen is None else min(max_seqlen, total)
 

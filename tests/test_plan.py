@@ -44,6 +44,7 @@ def test_kernels_write_the_same_tables(n, longest, keys):
 
 
 @pytest.mark.parametrize(("starts", "bound", "message"), [
+    ([], None, "cu_seqlens must ascend from 0"),
     ([0, 60], None, "cu_seqlens must ascend from 0 to at most the 48 rows"),
     ([5, 48], None, "cu_seqlens must ascend from 0"),
     ([0, 30, 20, 48], None, "cu_seqlens must ascend from 0"),
@@ -52,8 +53,9 @@ def test_kernels_write_the_same_tables(n, longest, keys):
 def test_lengths_that_can_be_seen_are_checked(starts, bound, message):
     with pytest.raises(ValueError, match=message):
         make_plan(torch.tensor(starts, dtype=torch.int32), 48, config=CONFIG, max_seqlen=bound)
-    with pytest.raises(ValueError, match=message.replace("cu_seqlens", "cu_seqlens_k")):
-        make_plan(torch.tensor([0, *[40] * (len(starts) - 1)], dtype=torch.int32), 48, config=CONFIG,
+    message = message.replace("cu_seqlens", "cu_seqlens_k").replace("max_seqlen ", "max_seqlen_k ")
+    with pytest.raises(ValueError, match=message):
+        make_plan(torch.tensor([0, *[40] * max(1, len(starts) - 1)], dtype=torch.int32), 48, config=CONFIG,
                   cu_seqlens_k=torch.tensor(starts, dtype=torch.int32), total_k=48, max_seqlen_k=bound)  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _step(
 
 @gluon.jit
 def _rows(
-    Q, DO, DQ, LSE, DELTA, i_pair, n0, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS,
+    Q, DO, DQ, LSE, DELTA, i_pair, n0, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS,
     CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
     ADD: gl.constexpr,
@@ -102,7 +102,7 @@ def _rows(
     """dQ of 64 rows of the i-th pair of tiles: those of this warpgroup among the 128 from `row`. Steps are numbered
     from n0; returns the number of the next.
 
-    The first warpgroup copies keys, two steps ahead since a step needs them to its end, the other one values: `KEYS`.
+    The first warpgroup copies keys, two steps ahead since a step needs them to its end, the other one values: `KV`.
     """
     AHEAD: gl.constexpr = 2 if WARPGROUP == 0 else 3
     if WARPGROUP == 0:
@@ -119,7 +119,7 @@ def _rows(
         fetch_queries(q_tile, Q, start_q, row, left, sq_t8, sq_h8, kv_head, G)
         fetch_queries(do_tile, DO, start_q, row, left, num_heads * (D // 8), D // 8, kv_head, G)
         async_copy.commit_group()
-        p_fetch = KEYS + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
+        p_fetch = KV + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
         for n in gl.static_range(AHEAD):
             if n < steps:
                 i_fetch = first_key(n, lo, steps, late, early, BN)
@@ -167,7 +167,7 @@ def _rows(
 
 @gluon.jit
 def _warpgroup(
-    Q, DO, DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K,
+    Q, DO, DQ, LSE, DELTA, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K,
     CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
     ADD: gl.constexpr,
@@ -177,7 +177,7 @@ def _warpgroup(
     for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
         n = _rows(
-            Q, DO, DQ, LSE, DELTA, i_pair, n, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS,
+            Q, DO, DQ, LSE, DELTA, i_pair, n, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV,
             PAIRS, CU_Q, CU_K, CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
             WARPGROUP, G, STRIDE, SPAN, WINDOW, ADD,
         )  # fmt: skip

@@ -158,14 +158,14 @@ def _step(
 
 @gluon.jit
 def _rows(
-    Q, O, LSE, i_pair, n0, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K, CU_KEYS,
+    Q, O, LSE, i_pair, n0, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K, CU_KEYS,
     sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
     """Output and lse of 64 rows of the i-th pair of tiles: those of this warpgroup among the 128 from `row`. Steps are
     numbered from n0; returns the number of the next.
 
-    The first warpgroup copies keys two steps ahead, the other one values, which are needed a step later: `KEYS`.
+    The first warpgroup copies keys two steps ahead, the other one values, which are needed a step later: `KV`.
     """
     AHEAD: gl.constexpr = 2 if WARPGROUP == 0 else 1
     if WARPGROUP == 0:
@@ -181,7 +181,7 @@ def _rows(
         barrier()  # until what this tile held of other rows is stored
         fetch_queries(q_tile, Q, start_q, row, left, sq_t8, sq_h8, kv_head, G)
         async_copy.commit_group()
-        p_fetch = KEYS + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
+        p_fetch = KV + (start_k.to(gl.int64) * sn_t8 + kv_head * sn_h8) * 8
         i_n = first_key(0, lo, steps, late, early, BN)
         fetch(n0, i_n, tiles, full, empty, p_fetch, len_keys, sn_t8, BN, STAGES)
         for n in gl.static_range(1, AHEAD + 1):
@@ -244,7 +244,7 @@ def _rows(
 
 @gluon.jit
 def _warpgroup(
-    Q, O, LSE, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K, CU_KEYS,
+    Q, O, LSE, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K, CU_KEYS,
     sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
@@ -253,7 +253,7 @@ def _warpgroup(
     for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
         n = _rows(
-            Q, O, LSE, i_pair, n, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KEYS, PAIRS, CU_Q, CU_K,
+            Q, O, LSE, i_pair, n, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K,
             CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, WARPGROUP, G, STRIDE, SPAN, WINDOW,
         )  # fmt: skip
 
