@@ -74,16 +74,6 @@ class Plan(NamedTuple):
         return self._starts(3)
 
     @property
-    def cu_cmp_tiles(self) -> Tensor:
-        """First tile of compressed rows of each sequence."""
-        return self._starts(6)
-
-    @property
-    def cu_k_tiles(self) -> Tensor:
-        """First tile of key rows of each sequence."""
-        return self._starts(7)
-
-    @property
     def cu_cmp_pairs(self) -> Tensor:
         """First pair of tiles of compressed rows of each sequence."""
         return self._starts(8)

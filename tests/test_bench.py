@@ -250,7 +250,7 @@ def test_compilers_run_first_once_for_each_kind_of_shape(monkeypatch):
     fill(tiny, options, seconds=60, echo=said.append)
     assert len(said) == 1 and said[0].startswith("compiled for 2 kinds of shapes, ")
     assert [done.returncode for done in ran] == [0, 0]
-    assert all(b"reference          forward ok, backward ok" in done.stdout for done in ran)
+    assert all("reference          forward ok, backward ok" in done.stdout for done in ran)
     ran.clear()
     fill(tiny, options, seconds=0, echo=said.append)  # stopped at once, and that is no error
     assert not ran

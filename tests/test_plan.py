@@ -64,7 +64,7 @@ def test_tables_by_hand():
     assert plan.cu_q.tolist() == plan.cu_k.tolist() == [0, 70, 70, 200]
     assert plan.cu_cmp.tolist() == [0, 16, 16, 16 + 31]
     assert plan.cu_blk.tolist() == [0, 5, 5, 14]
-    assert plan.cu_k_tiles.tolist() == [0, 2, 2, 5] and plan.cu_cmp_tiles.tolist() == [0, 1, 1, 2]
+    assert plan._starts(7).tolist() == [0, 2, 2, 5] and plan._starts(6).tolist() == [0, 1, 1, 2]  # tiles of keys
     assert plan.cu_k_pairs.tolist() == [0, 1, 1, 3] and plan.cu_cmp_pairs.tolist() == [0, 1, 1, 2]
     tiles = [[0, 0], [0, TILE], [2, 0], [2, TILE], [2, 2 * TILE]]
     assert [t for t in plan.q_tiles.tolist() if t[0] >= 0] == [t for t in plan.k_tiles.tolist() if t[0] >= 0] == tiles

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -23,6 +24,13 @@ import nsattn
 from nsattn.bench.timing import KEY, OURS, Echo, Row, read_rows
 
 ROOT = Path(nsattn.__file__).parent.parent
+
+
+def run_bench(folder: Path, *options: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """`nsattn bench <options>` of the checkout in `folder`, in a process of its own; `how` as for subprocess.run."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "nsattn", "bench", *options]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, **how)
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,7 @@ class Base:
             torch.cuda.empty_cache()  # it needs the memory
         with TemporaryDirectory() as made:
             out = Path(made) / "rows.json"
-            command = [sys.executable, "-m", "nsattn", "bench", bench, *options, "--out", str(out)]
-            path = os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])
-            environment = {**os.environ, "PYTHONPATH": path}
-            done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+            done = run_bench(self.folder, bench, *options, "--out", str(out), cwd=self.folder)
             if done.returncode or not out.exists():
                 lines = re.findall(r".*\w.*", done.stderr or done.stdout) or ["it wrote nothing"]
                 echo(f"  {self.who} {' '.join((bench, *options))} not run: {lines[-1].strip(' │')}")

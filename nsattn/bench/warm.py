@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from nsattn.bench.base import ROOT
+from nsattn.bench.base import ROOT, run_bench
 from nsattn.bench.cases import Case
 from nsattn.bench.timing import Echo
 
@@ -50,13 +49,11 @@ def fill(cases: Sequence[Named], options: Callable[[Named], Sequence[str]], *, s
     workers = os.cpu_count() or 1
     if torch.cuda.is_available():
         workers = min(workers, max(1, torch.cuda.mem_get_info()[0] // WORKER_BYTES))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
     def check(named: Named) -> None:
-        command = [sys.executable, "-m", "nsattn", "bench", "selected", "--check", *options(named)]
         left = None if math.isinf(seconds) else max(0.0, start + seconds - time.monotonic())
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=left)
+            run_bench(ROOT, "selected", "--check", *options(named), timeout=left)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(check, chosen))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nsattn.kernels._tile import (
     LOG2E,
+    UNLIMITED,
     bounds,
     dot,
     load_rows,
@@ -36,7 +37,6 @@ from nsattn.kernels._tile import (
 )
 from nsattn.plan import TILE, Plan
 
-UNLIMITED = 1 << 30  # a window longer than any sequence
 TABLE_ROWS = tl.constexpr(TILE)
 
 
@@ -44,7 +44,6 @@ class Keys(NamedTuple):
     """The keys of a branch: where they lie in the packed rows, and who sees them."""
 
     cu: Tensor  # [n + 1] first key row of each sequence
-    cu_tiles: Tensor  # [n + 1] first tile of key rows of each sequence
     tiles: Tensor  # [*, 2] tile table of the key rows, see `Plan`
     cu_pairs: Tensor  # [n + 1] first pair of tiles of each sequence
     stride: int  # positions between the ends of neighbouring keys
@@ -56,16 +55,14 @@ def compressed_keys(plan: Plan) -> Keys:
     """The keys of attend_compressed."""
     config = plan.config
     return Keys(
-        plan.cu_cmp, plan.cu_cmp_tiles, plan.cmp_tiles, plan.cu_cmp_pairs, stride=config.cmp_stride,
-        span=config.cmp_block, window=UNLIMITED,
+        plan.cu_cmp, plan.cmp_tiles, plan.cu_cmp_pairs, stride=config.cmp_stride, span=config.cmp_block,
+        window=UNLIMITED,
     )  # fmt: skip
 
 
 def window_keys(plan: Plan) -> Keys:
     """The keys of attend_window."""
-    return Keys(
-        plan.cu_k, plan.cu_k_tiles, plan.k_tiles, plan.cu_k_pairs, stride=1, span=1, window=plan.config.window
-    )
+    return Keys(plan.cu_k, plan.k_tiles, plan.cu_k_pairs, stride=1, span=1, window=plan.config.window)
 
 
 class Shape(NamedTuple):

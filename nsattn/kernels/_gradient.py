@@ -19,6 +19,7 @@ from nsattn.kernels._chunks import Chunk, Size, chunks
 from nsattn.kernels._lists import BlockLists, Cut, invert, lists_bytes, load_item
 from nsattn.kernels._tile import (
     LOG2E,
+    UNLIMITED,
     bounds,
     delta_bytes,
     dot,
@@ -29,8 +30,6 @@ from nsattn.kernels._tile import (
     shared_memory,
 )
 from nsattn.plan import Plan
-
-UNLIMITED = 1 << 30  # a window longer than any sequence
 
 
 class KeyBlocks(NamedTuple):

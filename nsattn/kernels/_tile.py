@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+UNLIMITED = 1 << 30  # a window longer than any sequence
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
