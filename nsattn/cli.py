@@ -230,12 +230,14 @@ def bench_all(
     peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
     limit: Annotated[float | None, typer.Option(min=0, help="begin no case after so many seconds")] = None,
     again: Annotated[bool, typer.Option("--again", help="also time what has rows of this commit")] = False,
+    shared: Annotated[Path | None, typer.Option(hidden=True, help="see nsattn/bench/session.py")] = None,
 ) -> None:
-    """Run selected, attention, decode and model, then draw. Goes on where it stopped; exits with 1 if more is left."""
+    """Run selected, attention, decode and model on all GPUs, then draw. Goes on where it stopped; exits with 1 if more
+    is left."""
     from nsattn.bench.session import Session
     from nsattn.bench.whole import run
 
-    session = Session(again=again, limit=limit)
+    session = Session(again=again, limit=limit, shared=shared)
     run(out, peers=peers, session=session, echo=_say)
     for line in session.left:
         typer.echo(f"left: {line}")

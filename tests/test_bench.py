@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import nsattn
-from nsattn.bench import base, peers, repeat, selected, selected_summary
+from nsattn.bench import base, peers, repeat, selected, selected_summary, warm
 from nsattn.bench.cases import (
     ALONE,
     BASE,
@@ -41,6 +41,14 @@ from nsattn.plan import make_plan
 DIRECTIONS = ("forward", "backward")
 ISSUE_FIELDS = "who op impl T Hq Hkv D Dv B N selection direction ms p20 p80 floor_ms peak_gib ok commit".split()
 SHAPE = {"T": 65536, "Hkv": 4, "D": 128, "Dv": 128, "B": 64, "N": 16, "selection": "random", "commit": "abc"}
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    """What a bench does without a GPU, also where there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
 
 
 def row(who="nsattn", impl="auto", group=1, direction="forward", ms=1.0, ok=True, **more):
@@ -155,7 +163,8 @@ def test_the_check_of_dense_attention_knows_dense_attention():
     assert Truth(problem, "attend_selected").check(dense) == (False, False)
 
 
-def test_peers_that_are_not_here_are_named_with_what_to_do(tmp_path):
+def test_peers_that_are_not_here_are_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)  # not installed
     loaded, missing = selected._load(tmp_path, "cuda")
     assert {peer.WHO for peer in loaded} == {"torch"}
     assert [note["who"] for note in missing] == ["fsa", "nsa_ref", "sfnsa", "fla"]
@@ -242,8 +251,8 @@ def test_compilers_run_first_once_for_each_kind_of_shape(monkeypatch):
     assert {(c.group, c.num_kv_heads, c.block, c.num_selected, c.head_dim, c.dtype) for _, c in chosen} == dims
     assert all(c.peers for _, c in chosen if c.group == 16 and c.num_selected == 16)  # which has cases without, too
 
-    said, ran, run = [], [], subprocess.run
-    monkeypatch.setattr("subprocess.run", lambda command, **more: ran.append(run(command, **more)))
+    said, ran = [], []
+    monkeypatch.setattr(warm, "run_bench", lambda *options, **more: ran.append(base.run_bench(*options, **more)))
     tiny = [("tiny", case) for case in selected.TINY]
     options = lambda named: selected._alone(*named, Path("nowhere"))  # noqa: E731
     fill(tiny[:1], options, seconds=60, echo=said.append)
@@ -534,7 +543,6 @@ for case in Session().each("bench", range(3), [], lambda case: {}):
     assert "\x1b[2Kcase 1" in shown  # where the bar was, which is drawn again below it
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes half an hour")
 def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from nsattn.bench import whole
@@ -557,6 +565,30 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     assert sit(limit=0, again=True) == parts
     monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
     assert sit() == ["attention"]  # the others go on
+
+
+def test_processes_on_several_gpus_share_the_cases(tmp_path, monkeypatch, capfd):
+    from nsattn.bench import whole
+
+    monkeypatch.setattr(whole, "gpus", lambda: ["", ""])  # two processes, and neither sees a GPU
+    said, session = [], Session(again=True)
+    whole.run(tmp_path, peers=tmp_path, session=session, echo=said.append)
+    output = capfd.readouterr().out
+    assert session.left == []
+    for case in selected.TINY:
+        assert output.count(f"[tiny] {case}: ") == 1  # by one of them
+    assert not any("[tiny]" in line for line in said)  # and not once more
+    assert {(r.T, r.Hq) for r in read_rows(tmp_path / "selected.json")} == {
+        (case.tokens, case.num_heads) for case in selected.TINY
+    }
+    assert len(read_rows(tmp_path / "attention.json")) > 0 and (tmp_path / "report.html").exists()
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_case_is_taken_once(tmp_path):
+    one, other = (Session(again=True, shared=tmp_path).each("x", (1, 2, 3), [], lambda n: {"n": n}) for _ in range(2))
+    assert [next(one), next(other), next(one)] == [1, 2, 3] and not [*one, *other]
+    assert list(Session(again=True, shared=tmp_path).each("y", (1,), [], lambda n: {"n": n})) == [1]  # another bench
 
 
 def test_the_readme_and_the_site_show_the_results(tmp_path, monkeypatch):

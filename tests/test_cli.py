@@ -29,7 +29,7 @@ def test_info_lists_versions_equations_and_support():
 
 
 def test_why_names_the_choice_and_the_reasons():
-    result = run("why", "--heads", "40/8", "--device", "cuda")
+    result = run("why", "--heads", "40/8", "--device", "cuda", "--capability", "8.0")
     assert result.exit_code == 0
     assert "attend_selected: kvmajor\n" in result.output and "predicted 9.70 ms forward" in result.output
     hopper = run("why", "--heads", "40/8", "--device", "cuda", "--capability", "9.0", "--no-training")

@@ -14,6 +14,7 @@ from nsattn.kernels._tile import row_delta
 from nsattn.plan import cumulative
 from nsattn.testing import assert_close, make_inputs
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = NSAConfig(8, 4, 16, 4, 20)
 BATCHES = [((7, 0, 1, 65), None), ((5, 20), (40, 20)), ((30, 8), (11, 0)), ((0, 0), None)]
 
@@ -64,7 +65,7 @@ def test_gradients(branch, lengths, lengths_k, workspace, B, rows_per_item):
 @pytest.mark.parametrize("bound", [16, 64, 200])
 def test_a_bound_that_is_too_low_leaves_rows_out(bound):
     """`max_seqlen` below a sequence of 700 tokens: slices lie in the scratch that there is room for."""
-    plan = make_inputs((700, 30), num_kv_heads=2, config=CONFIG).plan._replace(max_q=bound)
+    plan = make_inputs((700, 30), num_kv_heads=2, config=CONFIG, device=DEVICE).plan._replace(max_q=bound)
     keys = KeyBlocks(plan.cu_cmp, cumulative((plan.cu_cmp.diff() + 15) // 16), 12, 16, stride=4, span=8)
     lists = _runs_sm90.runs(plan, keys, Chunk(0, plan.total_q, 0, 2, 0, 1), cut=Cut(32, 32))
     slots, used = lists.items[:, 5], lists.slices[lists.slices[:, 1] > lists.slices[:, 0]]

@@ -30,6 +30,7 @@ from nsattn.bench.timing import (
     captured,
     floor_ms,
     interleave,
+    locked,
     merge,
     merge_notes,
     note,
@@ -135,7 +136,8 @@ def run(
         if base:
             rows += base.rows("attention", "--lengths", f"{case[0]}", "--heads", f"{case[1]}/{case[2]}", echo=echo)
         if out:
-            save(merge(rows, out), out, not_run=merge_notes(not_run, done, out) if peers else older_notes(out))
+            with locked(out):
+                save(merge(rows, out), out, not_run=merge_notes(not_run, done, out) if peers else older_notes(out))
     return rows
 
 

@@ -26,11 +26,41 @@ from nsattn.bench.timing import KEY, OURS, Echo, Row, read_rows
 ROOT = Path(nsattn.__file__).parent.parent
 
 
-def run_bench(folder: Path, *options: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """`nsattn bench <options>` of the checkout in `folder`, in a process of its own; `how` as for subprocess.run."""
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+def gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else named.split(",")[:count]
+
+
+def start_bench(folder: Path, *options: str, gpu: str | None = None, **how: Any) -> subprocess.Popen[str]:
+    """Start `nsattn bench <options>` of the checkout in `folder` in a process of its own.
+
+    Args:
+        gpu: one of `gpus`, the only one it sees; default: all.
+        how: as for subprocess.Popen.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     command = [sys.executable, "-m", "nsattn", "bench", *options]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, **how)
+    return subprocess.Popen(command, env=environment, text=True, **how)
+
+
+def run_bench(
+    folder: Path, *options: str, timeout: float | None = None, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """`start_bench`, and wait for its end and what it prints.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `timeout` seconds, and was stopped.
+    """
+    with start_bench(folder, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import nsattn
 from nsattn import branches
 from nsattn.bench.base import Base
 from nsattn.bench.session import Session
-from nsattn.bench.timing import PEAK_BYTES, Echo, Row, interleave, merge, older_rows, peak_beyond, save
+from nsattn.bench.timing import PEAK_BYTES, Echo, Row, interleave, locked, merge, older_rows, peak_beyond, save
 from nsattn.environment import commit
 from nsattn.plan import num_compressed
 from nsattn.testing import CacheInputs, compare, make_cache
@@ -78,11 +78,13 @@ def run(
     for case in (session or Session(again=True)).each("decode", cases, older_rows(out), lambda case: case.shape):
         rows += _bench(case, device, rounds, echo)
         if out:
-            save(merge(rows, out), out)
+            with locked(out):
+                save(merge(rows, out), out)
     if base:
         rows += base.rows("decode", "--rounds", f"{rounds}", echo=echo)
         if out:
-            save(merge(rows, out), out)
+            with locked(out):
+                save(merge(rows, out), out)
     return rows
 
 

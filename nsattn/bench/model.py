@@ -25,7 +25,7 @@ import contextlib
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,8 +38,8 @@ import nsattn.api
 from nsattn.bench.attention import Tail
 from nsattn.bench.peers import Missing, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session
-from nsattn.bench.timing import Echo, interleave, one_machine, peak_beyond
-from nsattn.environment import commit, environment
+from nsattn.bench.timing import Echo, interleave, locked, one_machine, peak_beyond, save
+from nsattn.environment import commit
 from nsattn.plan import Plan, make_plan
 from nsattn.rotary import rotate
 
@@ -118,7 +118,7 @@ def run(
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
         device, shapes, sizes, lengths = "cpu", TINY, TINY_SIZES, (96,)
     loaded = _load(peers, device, echo) if peers else []
-    rows = one_machine(out, read(out)) if out and Path(out).exists() else []
+    rows = _older(out)
     if any(r.compiled != compiled for r in rows):
         raise ValueError(f"{out} holds models that are {'not ' if compiled else ''}compiled. Name another file.")
     cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
@@ -136,13 +136,18 @@ def run(
         else:
             echo(f"{name} T={T}: not one layer fits")
             continue
-        rows = [r for r in rows if (r.model, r.T, r.B, r.N) != case] + new
         for r in new:
             echo(f"{r.model:12} T={r.T:6} (B,N)=({r.B},{r.N}) {r.layers} layers {r.phase:9} {r.attention:7} "
                  f"{r.ms:9.3f} ms, attention {r.attention_ms:9.3f}, {r.peak_gib:6.2f} GiB{'' if r.ok else ' WRONG'}")
-        if out:
-            save(rows, out)
+        with locked(out) if out else contextlib.nullcontext():
+            rows = [r for r in (_older(out) if out else rows) if (r.model, r.T, r.B, r.N) != case] + new
+            if out:
+                save(rows, out)
     return rows
+
+
+def _older(out: str) -> list[ModelRow]:
+    return one_machine(out, read(out)) if out and Path(out).exists() else []
 
 
 def _fields(case: tuple[str, int, int, int]) -> dict[str, Any]:
@@ -398,13 +403,6 @@ def _step(model: Any, optimizer: Any, x: Tensor, dy: Tensor, phase: str, kind: s
         return y.detach()
 
     return prefill if phase == "prefill" else train
-
-
-def save(rows: list[ModelRow], out: str) -> None:
-    """Write the rows and where they come from as JSON."""
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
 
 
 def read(path: str | Path) -> list[ModelRow]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from nsattn.bench.timing import (
     captured,
     floor_ms,
     interleave,
+    locked,
     merge,
     merge_notes,
     note,
@@ -48,7 +49,7 @@ from nsattn.bench.timing import (
     save,
 )
 from nsattn.bench.truth import Truth
-from nsattn.bench.warm import fill
+from nsattn.bench.warm import Named, fill
 from nsattn.environment import commit
 from nsattn.plan import make_plan
 
@@ -94,9 +95,8 @@ def run(
     done: list[Case] = []
     mine = cases[shard[0] :: shard[1]]
     session, older = session or Session(again=True), older_rows(out)
-    if device == "cuda" and not check_only:
-        todo = session.todo(mine, older, _fields)
-        fill(todo, lambda named: _alone(*named, folder), seconds=session.end - time.monotonic(), echo=echo)
+    if not check_only and not session.shared:
+        compile_ahead(mine, out=out, folder=folder, session=session, echo=echo)
     for name, case in session.each("selected", mine, older, _fields):
         start = time.perf_counter()
         new, notes = _bench(name, case, loaded, device, rounds=0 if check_only else rounds, echo=echo)
@@ -110,11 +110,19 @@ def run(
             echo(f"  {missed['who']} {missed['impl']} not run: {missed['reason']}")
         echo(f"[{name}] {case}: {time.perf_counter() - start:.1f} s")
         if out and not check_only:
-            save(merge(rows, out), out, not_run=merge_notes(not_run, done, out))
+            with locked(out):
+                save(merge(rows, out), out, not_run=merge_notes(not_run, done, out))
     return rows
 
 
-def _fields(named: tuple[str, Case]) -> dict[str, Any]:
+def compile_ahead(cases: Sequence[Named], *, out: str, folder: Path, session: Session, echo: Echo) -> None:
+    """Fill Triton's cache, side by side, for the cases that `run` would time now."""
+    if torch.cuda.is_available():
+        todo = session.todo(cases, older_rows(out), _fields)
+        fill(todo, lambda named: _alone(*named, folder), seconds=session.end - time.monotonic(), echo=echo)
+
+
+def _fields(named: Named) -> dict[str, Any]:
     name, case = named
     return {"set": name, "selection": case.selection, **case.shape}
 

@@ -6,6 +6,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,15 +26,18 @@ class Timed(Protocol):
 
 
 class Session:
-    """Goes through the cases of benches.
+    """Goes through the cases of benches, alone or beside processes on other GPUs.
 
     Args:
         again: time every case; otherwise those that have no row of ours at this commit.
         limit: seconds after which no further case is begun; None is no limit.
+        shared: a folder, empty at first, in which several processes put down which cases they took, so that each is
+            timed by one of them.
     """
 
-    def __init__(self, *, again: bool = False, limit: float | None = None) -> None:
+    def __init__(self, *, again: bool = False, limit: float | None = None, shared: Path | None = None) -> None:
         self.again = again
+        self.shared = shared
         self.end = time.monotonic() + (math.inf if limit is None else limit)
         self.left: list[str] = []  # a line for each bench that was not finished
 
@@ -48,19 +53,30 @@ class Session:
     ) -> Iterator[T]:
         """Those of `todo`, one by one while there is time."""
         todo = self.todo(cases, rows, fields)
-        with _bar() as bar:
+        with _bar(hidden=self.shared is not None) as bar:
             task = bar.add_task(bench, total=len(cases), completed=len(cases) - len(todo))
             for i, case in enumerate(todo):
                 if time.monotonic() >= self.end:
                     text = " ".join(f"{name}={value}" for name, value in fields(case).items())
                     self.left.append(f"{bench}: {len(todo) - i} of {len(cases)} cases, the next is {text}")
                     return
-                yield case
+                if self._mine(f"{bench} {fields(case)}"):
+                    yield case
                 bar.update(task, advance=1, refresh=True)
 
 
-def _bar() -> Progress:
+    def _mine(self, case: str) -> bool:
+        """No other process has taken the case; now none will."""
+        try:
+            if self.shared:
+                (self.shared / sha256(case.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def _bar(hidden: bool) -> Progress:
     """Cases done and the time left, on a terminal only. Drawn between cases: a thread that draws disturbs times."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    disable = not sys.stdout.isatty()
+    disable = hidden or not sys.stdout.isatty()
     return Progress(*columns, auto_refresh=False, speed_estimate_period=math.inf, transient=True, disable=disable)

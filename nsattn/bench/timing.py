@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,12 +163,29 @@ def captured(
     return forward.replay, replay_backward
 
 
-def save(rows: Iterable[Row], out: str, **more: object) -> None:
-    """Write the rows and where they come from as JSON."""
+def save(rows: Iterable[Any], out: str, **more: object) -> None:
+    """Write the rows and where they come from as JSON. Who stops halfway leaves the file as it was."""
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(), **more, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
+
+
+@contextmanager
+def locked(out: str) -> Iterator[None]:
+    """No other process that asks for the same reads or writes a file of this folder, which is made, meanwhile: the
+    processes of `nsattn bench all` share files, and each adds rows of its own."""
+    import fcntl
+
+    folder = Path(out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def merge(rows: Sequence[Row], out: str) -> list[Row]:

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from nsattn.bench.base import ROOT, run_bench
+from nsattn.bench.base import ROOT, gpus, run_bench
 from nsattn.bench.cases import Case
 from nsattn.bench.timing import Echo
 
@@ -46,15 +46,16 @@ def fill(cases: Sequence[Named], options: Callable[[Named], Sequence[str]], *, s
     chosen, start = kinds(cases), time.monotonic()
     if len(chosen) < 2:
         return  # nothing to do side by side
-    workers = os.cpu_count() or 1
-    if torch.cuda.is_available():
-        workers = min(workers, max(1, torch.cuda.mem_get_info()[0] // WORKER_BYTES))
+    workers, devices = os.cpu_count() or 1, gpus()
+    if devices:
+        workers = min(workers, len(devices) * max(1, torch.cuda.mem_get_info()[0] // WORKER_BYTES))
 
-    def check(named: Named) -> None:
+    def check(i: int) -> None:
         left = None if math.isinf(seconds) else max(0.0, start + seconds - time.monotonic())
+        gpu = devices[i % len(devices)] if devices else None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            run_bench(ROOT, "selected", "--check", *options(named), timeout=left)
+            run_bench(ROOT, "selected", "--check", *options(chosen[i]), timeout=left, gpu=gpu)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(check, chosen))
+        list(pool.map(check, range(len(chosen))))
     echo(f"compiled for {len(chosen)} kinds of shapes, {workers} at a time: {time.monotonic() - start:.0f} s")

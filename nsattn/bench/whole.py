@@ -1,15 +1,22 @@
-"""`nsattn bench all`: every result of one machine in a folder, in as many sittings as it takes, and their pictures."""
+"""`nsattn bench all`: every result of one machine in a folder, in as many sittings as it takes, and their pictures.
+
+Where there are several GPUs, a process on each takes cases until none is left. Times are of one GPU all the same.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nsattn.bench import attention, decode, model, selected
-from nsattn.bench.base import ROOT
+from nsattn.bench.base import ROOT, gpus, start_bench
+from nsattn.bench.cases import choose
 from nsattn.bench.session import Session
 from nsattn.bench.timing import Echo
 
@@ -17,7 +24,12 @@ SHOWN = ROOT / "benchmarks" / "results" / "h200"  # the results that README and 
 
 
 def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
-    """Run all benches, then draw what their files hold; what is not done is named in `session.left`."""
+    """Run all benches, then draw what their files hold; what is not done is named in `session.left`.
+
+    In a process of several, whose session is shared, only the benches: what is left then is for who started it to say.
+    """
+    if len(gpus()) > 1 and time.monotonic() < session.end:
+        _on_all(gpus(), out, peers, session, echo)
     steps: dict[str, Callable[[], object]] = {
         "selected": lambda: selected.run(out=f"{out}/selected.json", folder=peers, session=session, echo=echo),
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
@@ -26,16 +38,33 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
         "model, compiled": lambda: model.run(
             out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo
         ),
-        "pictures": lambda: _draw(out, echo),
-        "report": lambda: _report(out, echo),
     }
-    if out.resolve() == SHOWN:
-        steps["README and site"] = lambda: _show(out, echo)
+    if not session.shared:
+        steps |= {"pictures": lambda: _draw(out, echo), "report": lambda: _report(out, echo)}
+        if out.resolve() == SHOWN:
+            steps["README and site"] = lambda: _show(out, echo)
     for name, step in steps.items():
         try:
             step()
         except Exception as error:  # noqa: BLE001  whatever a step raises is said at the end; the others go on
             session.left.append(f"{name}: {type(error).__name__}: {error}")
+
+
+def _on_all(devices: list[str], out: Path, peers: Path, session: Session, echo: Echo) -> None:
+    """The benches in a process on each GPU, until no case is left or the time is up."""
+    selected.compile_ahead(choose(""), out=f"{out}/selected.json", folder=peers, session=session, echo=echo)
+    with TemporaryDirectory() as shared:
+        options = ["all", "--out", f"{out}", "--peers", f"{peers}", "--shared", shared, *["--again"] * session.again]
+        if not math.isinf(session.end):
+            options += ["--limit", f"{max(0.0, session.end - time.monotonic())}"]
+        started = [start_bench(ROOT, *options, gpu=device) for device in devices]
+        try:
+            for process in started:
+                process.wait()
+        finally:
+            for process in started:
+                process.kill()
+    session.again = False  # what they timed is done
 
 
 def _draw(out: Path, echo: Echo) -> None:

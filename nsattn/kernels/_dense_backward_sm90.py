@@ -38,6 +38,7 @@ from nsattn.kernels._dense_sm90 import (
     key_steps,
     pair_of,
     part,
+    parts_of,
     programs,
     release,
     wait_for,
@@ -174,7 +175,8 @@ def _warpgroup(
 ):
     """`_rows` for all parts of a program."""
     n = 0
-    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+    first, end, step = parts_of(num_parts, WINDOW)
+    for k in range(first, end, step):
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
         n = _rows(
             Q, DO, DQ, LSE, DELTA, i_pair, n, q_tile, do_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV,
@@ -196,7 +198,7 @@ def _dense_dq_sm90_kernel(
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
     if not ADD:
-        clear_slack(DQ, None, CU_Q, num_parts, num_heads, num_seqs, total, G)
+        clear_slack(DQ, None, CU_Q, num_parts, num_heads, num_seqs, total, G, WINDOW)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     do_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)

@@ -41,7 +41,7 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 STAGES = gl.constexpr(3)
-TURNS = 2  # of a multiprocessor where there are many parts
+TURNS = gl.constexpr(2)  # of a multiprocessor where there are many parts
 
 
 @gluon.jit
@@ -250,12 +250,26 @@ def _warpgroup(
 ):
     """`_rows` for all parts of a program."""
     n = 0
-    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+    first, end, step = parts_of(num_parts, WINDOW)
+    for k in range(first, end, step):
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
         n = _rows(
             Q, O, LSE, i_pair, n, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K,
             CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, WARPGROUP, G, STRIDE, SPAN, WINDOW,
         )  # fmt: skip
+
+
+@gluon.jit
+def parts_of(num_parts, WINDOW: gl.constexpr):
+    """The parts of this program: first, end, step. Those of all programs that run at the same time are neighbours and
+    so are, in a window, the parts of one turn: the next turn reads other keys. Compressed keys stay in the L2 cache."""
+    if WINDOW is None:
+        return gl.program_id(0), num_parts, gl.num_programs(0)
+    else:
+        turns = gl.where(gl.num_programs(0) < num_parts, TURNS, 1)
+        places, each = gl.num_programs(0) // turns, gl.cdiv(num_parts, turns)
+        turn = gl.program_id(0) // places
+        return turn * each + gl.program_id(0) % places, gl.minimum((turn + 1) * each, num_parts), places
 
 
 @gluon.jit
@@ -267,7 +281,7 @@ def part(k, num_parts, num_heads, G: gl.constexpr):
 
 
 @gluon.jit
-def clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G: gl.constexpr):
+def clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G: gl.constexpr, WINDOW: gl.constexpr):
     """Zeros in O, and -inf in LSE unless it is None, for rows that belong to no sequence, among those of this program's
     parts if pairs were cut from the packed rows. The table has at least total / PAIR entries, so the programs of a
     launch reach all of them."""
@@ -275,14 +289,15 @@ def clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G: gl.const
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     zero = gl.zeros([ROWS, D], O.dtype.element_ty, COPY)
-    for k in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+    first, last, step = parts_of(num_parts, WINDOW)
+    reach = num_parts - (end // PAIR).to(gl.int32) * num_heads  # the rows of parts from there on are all of sequences
+    for k in range(first, gl.minimum(last, reach), step):
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
-        if (i_pair + 1).to(gl.int64) * PAIR > end:
-            token = i_pair.to(gl.int64) * PAIR + (row + r) // G
-            o_r, slack = token * num_heads + kv_head * G + (row + r) % G, (token >= end) & (token < total)
-            gl.store(O + ((o_r * D)[:, None] + o_d[None, :]), zero, mask=slack[:, None])
-            if LSE is not None:
-                gl.store(LSE + o_r, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=slack)
+        token = i_pair.to(gl.int64) * PAIR + (row + r) // G
+        o_r, slack = token * num_heads + kv_head * G + (row + r) % G, (token >= end) & (token < total)
+        gl.store(O + ((o_r * D)[:, None] + o_d[None, :]), zero, mask=slack[:, None])
+        if LSE is not None:
+            gl.store(LSE + o_r, gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, COPY)), mask=slack)
 
 
 @gluon.jit
@@ -331,7 +346,7 @@ def _dense_fwd_sm90_kernel(
     compiler that rows start at whole 16 bytes.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
-    clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G)
+    clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G, WINDOW)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
@@ -352,7 +367,7 @@ def programs(num_parts: int, device: torch.device) -> int:
     """Programs of a launch, one to a multiprocessor at a time. Many parts are done by two programs on each, in turn:
     then few of them begin with nothing to multiply, and parts may still differ in length."""
     places = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    return num_parts if num_parts < 2 * TURNS * places else TURNS * places
+    return num_parts if num_parts < 2 * TURNS.value * places else TURNS.value * places
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float) -> tuple[Tensor, Tensor]:
