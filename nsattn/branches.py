@@ -1,4 +1,4 @@
-"""The only boundary to autograd and torch.compile: one custom op per operation, forward and backward.
+"""The only boundary to autograd and torch.compile: one operator of torch per operation, forward and backward.
 
 A plan crosses the boundary as its tables and sizes, so that compiled graphs see plain arguments. Fakes give the real
 shapes, dtypes and contiguous strides. The reference needs no op: it is called directly and autograd sees through it.
@@ -16,6 +16,7 @@ from torch import Tensor
 from nsattn import dispatch
 from nsattn.config import NSAConfig
 from nsattn.kernels import reference
+from nsattn.operators import operator
 from nsattn.plan import Plan
 
 
@@ -151,7 +152,7 @@ def _given(*params: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(p for p in params if p is not None)
 
 
-@torch.library.custom_op("nsattn::compress", mutates_args=())
+@operator("compress")
 def _compress(
     x: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None,
     tables: Tensor, sizes: Sequence[int], method: str, impl: str,
@@ -200,7 +201,7 @@ _compress.register_autograd(_compress_backward, setup_context=_compress_setup)
 
 
 def _define_attention(operation: str):
-    @torch.library.custom_op(f"nsattn::{operation}", mutates_args=())
+    @operator(operation)
     def forward(
         q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor | None, tables: Tensor, sizes: Sequence[int], scale: float,
         workspace: int, impl: str,
@@ -302,7 +303,7 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cache_seqlens, block_table, co
 # combine
 
 
-@torch.library.custom_op("nsattn::combine", mutates_args=())
+@operator("combine")
 def _combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str) -> Tensor:
     with _on(o_cmp):
         return dispatch.load("combine", impl).combine(o_cmp, o_slc, o_win, gates)
@@ -341,7 +342,7 @@ _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 # attend_gated
 
 
-@torch.library.custom_op("nsattn::attend_gated", mutates_args=())
+@operator("attend_gated")
 def _attend_gated(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None,
     o_cmp: Tensor, lse_cmp: Tensor, gates: Tensor, block_idx: Tensor, tables: Tensor, sizes: Sequence[int],
@@ -426,7 +427,7 @@ _attend_gated.register_autograd(_attend_gated_backward, setup_context=_attend_ga
 # rotate
 
 
-@torch.library.custom_op("nsattn::rotate", mutates_args=())
+@operator("rotate")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     from nsattn.kernels import rotate_triton
 

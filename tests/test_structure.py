@@ -27,7 +27,8 @@ ARROWS = {
     "plan": {"config", "kernels._plan"},  # its own kernels, imported where they run
     "dispatch": set(),
     "checks": {"config", "plan"},
-    "branches": {"config", "dispatch", "plan", "kernels.reference", "kernels.rotate_triton"},
+    "operators": set(),
+    "branches": {"config", "dispatch", "operators", "plan", "kernels.reference", "kernels.rotate_triton"},
     "rotary": {"branches"},
     "api": {"branches", "checks", "dispatch", "config", "plan"},
     "checkpoint": {"branches"},
