@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 SLC_BLOCKS = (16, 32, 64, 128)
@@ -21,7 +25,6 @@ MAX_GROUP = 64
 MAX_SELECTED = 64
 MAX_BLOCKS = 16384  # selection blocks of one sequence that block selection holds in registers
 GENERATION_TRITON = (3, 6)  # what kernels for one generation of GPUs are written for; older Gluon lacks parts of it
-
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,13 @@ SCHEDULES = tuple(name for name, cell in TABLE["attend_selected"].items() if cel
 BRANCH_IMPLS = ("auto", "reference", "triton", *SCHEDULES)
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, but that imports the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def capability(device: str, index: int | None) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA GPU, such as (9, 0) for an H200; None for everything else."""
     if device != "cuda" or torch.version.hip or not torch.cuda.is_available():
@@ -172,7 +181,7 @@ def capability(device: str, index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def triton_version() -> tuple[int, ...] | None:
     """Of the Triton that is installed, such as (3, 6); None if there is none."""
     try:

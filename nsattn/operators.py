@@ -7,6 +7,7 @@ and stay with it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Operator:
         self.name = name
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=tags)
-        _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _opaque(kernel), "CompositeExplicitAutograd")
         self.default = getattr(torch.ops.nsattn, name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -58,6 +59,21 @@ class Operator:
                 return operator(*inputs)
 
         _LIBRARY.impl(self.name, run, "Autograd")
+
+
+def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, but nothing imports the compiler, which takes a second, where nobody compiles."""
+    disabled: Callable[..., Any] | None = None
+
+    def run(*arguments: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return kernel(*arguments)
+            disabled = torch.compiler.disable(kernel)
+        return disabled(*arguments)
+
+    return run
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

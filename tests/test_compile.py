@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsattn
-from nsattn import NSAConfig, branches
+from nsattn import NSAConfig, branches, dispatch
 from nsattn.testing import make_compression, make_inputs, random_selection
 
 GPU = torch.cuda.is_available()
@@ -58,6 +58,11 @@ def op_calls():
 def test_opcheck(index):
     _, op, arguments = op_calls()[index]
     torch.library.opcheck(getattr(op, "default", op), arguments, atol=1e-2 if GPU else 1e-5, rtol=1e-2 if GPU else 1e-5)
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    assert vars(dispatch.constant(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1))
+    assert vars(dispatch.capability) == vars(dispatch.triton_version) == vars(dispatch.constant(lambda: 1))
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

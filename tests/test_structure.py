@@ -194,7 +194,8 @@ def test_readme_example_runs():
 
 
 def test_import_needs_torch_alone():
-    """A fresh process without triton, typer and the training packages imports nsattn and runs the reference."""
+    """A fresh process without triton, typer and the training packages imports nsattn and runs the reference. Torch's
+    compiler stays out: it takes a second."""
     code = """
 import sys
 for name in ("triton", "typer", "rich", "safetensors", "matplotlib", "transformers"):
@@ -203,6 +204,7 @@ import torch, nsattn
 layer = nsattn.NSAttention(32, 4, 2, config=nsattn.NSAConfig(8, 4, 16, 4, 20))
 layer(torch.randn(1, 40, 32)).sum().backward()
 assert not [m for m in sys.modules if m.startswith("nsattn.kernels.") and m.endswith("_triton")]
+assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 

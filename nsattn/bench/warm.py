@@ -44,8 +44,8 @@ def fill(cases: Sequence[Named], options: Callable[[Named], Sequence[str]], *, s
         seconds: after so many, compilers that are still at work are stopped.
     """
     chosen, start = kinds(cases), time.monotonic()
-    if len(chosen) < 2:
-        return  # nothing to do side by side
+    if len(chosen) < 2 or seconds <= 0:
+        return  # nothing to do side by side, or no time
     workers, devices = os.cpu_count() or 1, gpus()
     if devices:
         workers = min(workers, len(devices) * max(1, torch.cuda.mem_get_info()[0] // WORKER_BYTES))
