@@ -25,6 +25,7 @@ def train(out: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict[in
     command += [f"training.output_dir={out}", *overrides]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes would want two GPUs
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
