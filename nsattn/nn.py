@@ -204,11 +204,14 @@ class NSAttention(nn.Module):
         if cache is not None and step is not None:
             o, block_idx = attend_cached(q, gates, cache.append(step, **kept), step, impl=self.impl)
         else:
-            out = api.nsa_attention(q, **kept, gates=gates, plan=plan, return_lse=True, impl=self.impl)
-            assert isinstance(out, api.NSAOutput)
-            o, block_idx = out.o, out.block_idx
+            # Only without log-sum-exps are the branches one operation, whose backward is faster.
+            out = api.nsa_attention(q, **kept, gates=gates, plan=plan, return_lse=return_selection, impl=self.impl)
+            o, block_idx = (out.o, out.block_idx) if isinstance(out, api.NSAOutput) else (out, None)
         y = self.o_proj(o.flatten(1)).view_as(x)
-        return (y, block_idx) if return_selection else y
+        if not return_selection:
+            return y
+        assert block_idx is not None, "asked for above"
+        return y, block_idx
 
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Plan | None) -> Plan:
         checks.check_tensor("x", x, (2, 3), "[T, dim] (packed) or [Bsz, S, dim]")

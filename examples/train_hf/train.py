@@ -124,9 +124,12 @@ def main(argv: list[str]) -> dict[str, float]:
         draw(folder)
         bits = metrics["eval_loss"] / math.log(2)
         sys.stdout.write(f"held out: {bits:.4f} bits per byte after {trainer.state.global_step} steps; {folder}\n")
-    trainer.accelerator.end_training()  # a process that exits with its group alive may abort
     return metrics
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    # A process that exits with its group alive may abort. And the group may not end before the trainer is gone: its
+    # reducer, as the last owner, would hold the GIL and wait for the group's threads, one of which may want the GIL.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
