@@ -235,10 +235,10 @@ def bench_all(
     """Run selected, attention, decode and model on all GPUs, then draw. Goes on where it stopped; exits with 1 if more
     is left."""
     from nsattn.bench.session import Session
-    from nsattn.bench.whole import run
+    from nsattn.bench.whole import benches, run
 
     session = Session(again=again, limit=limit, shared=shared)
-    run(out, peers=peers, session=session, echo=_say)
+    (benches if shared else run)(out, peers=peers, session=session, echo=_say)
     for line in session.left:
         typer.echo(f"left: {line}")
     raise typer.Exit(1 if session.left else 0)

@@ -584,6 +584,14 @@ def test_processes_on_several_gpus_share_the_cases(tmp_path, monkeypatch, capfd)
     assert len(read_rows(tmp_path / "attention.json")) > 0 and (tmp_path / "report.html").exists()
     assert not list(tmp_path.glob("*.new"))
 
+    session = Session(again=True, limit=0.05)  # each begins one case at most; rows of before count for nothing
+    whole.run(tmp_path, peers=tmp_path, session=session, echo=said.append)
+    output = capfd.readouterr().out
+    parts = ["selected", "attention", "decode", "model", "model, compiled"]
+    assert [line.split(":")[0] for line in session.left] == ["GPU ", "GPU ", *parts]
+    left = len(selected.TINY) - sum(f"[tiny] {case}: " in output for case in selected.TINY)
+    assert session.left[2].startswith(f"selected: {left} of {len(selected.TINY)} cases, ")
+
 
 def test_a_case_is_taken_once(tmp_path):
     one, other = (Session(again=True, shared=tmp_path).each("x", (1, 2, 3), [], lambda n: {"n": n}) for _ in range(2))

@@ -32,35 +32,21 @@ def gpus() -> list[str]:
     return [str(i) for i in range(count)] if named is None else named.split(",")[:count]
 
 
-def start_bench(folder: Path, *options: str, gpu: str | None = None, **how: Any) -> subprocess.Popen[str]:
-    """Start `nsattn bench <options>` of the checkout in `folder` in a process of its own.
+def bench(folder: Path, *options: str, gpu: str | None = None) -> dict[str, Any]:
+    """Arguments of subprocess.run or Popen for `nsattn bench <options>` of the checkout in `folder`.
 
     Args:
-        gpu: one of `gpus`, the only one it sees; default: all.
-        how: as for subprocess.Popen.
+        gpu: one of `gpus`, the only one that the process sees; default: all.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    command = [sys.executable, "-m", "nsattn", "bench", *options]
-    return subprocess.Popen(command, env=environment, text=True, **how)
+    return {"args": [sys.executable, "-m", "nsattn", "bench", *options], "env": environment, "text": True}
 
 
-def run_bench(
-    folder: Path, *options: str, timeout: float | None = None, **how: Any
-) -> subprocess.CompletedProcess[str]:
-    """`start_bench`, and wait for its end and what it prints.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer than `timeout` seconds, and was stopped.
-    """
-    with start_bench(folder, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def run_bench(folder: Path, *options: str, gpu: str | None = None, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run it to its end and keep what it prints; `how` as for subprocess.run."""
+    return subprocess.run(**bench(folder, *options, gpu=gpu), capture_output=True, **how)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Session:
         self, bench: str, cases: Sequence[T], rows: Sequence[Timed], fields: Callable[[T], Mapping[str, object]]
     ) -> Iterator[T]:
         """Those of `todo`, one by one while there is time."""
-        todo = self.todo(cases, rows, fields)
+        todo = [case for case in self.todo(cases, rows, fields) if not self._taken(bench, fields(case))]
         with _bar(hidden=self.shared is not None) as bar:
             task = bar.add_task(bench, total=len(cases), completed=len(cases) - len(todo))
             for i, case in enumerate(todo):
@@ -60,19 +60,26 @@ class Session:
                     text = " ".join(f"{name}={value}" for name, value in fields(case).items())
                     self.left.append(f"{bench}: {len(todo) - i} of {len(cases)} cases, the next is {text}")
                     return
-                if self._mine(f"{bench} {fields(case)}"):
+                if self._take(bench, fields(case)):
                     yield case
                 bar.update(task, advance=1, refresh=True)
 
 
-    def _mine(self, case: str) -> bool:
-        """No other process has taken the case; now none will."""
+    def _taken(self, bench: str, case: Mapping[str, object]) -> bool:
+        return self.shared is not None and self._mark(self.shared, bench, case).exists()
+
+    def _take(self, bench: str, case: Mapping[str, object]) -> bool:
+        """Nobody has taken the case before, and nobody will after this."""
         try:
-            if self.shared:
-                (self.shared / sha256(case.encode()).hexdigest()).touch(exist_ok=False)
+            if self.shared is not None:
+                self._mark(self.shared, bench, case).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
+
+    @staticmethod
+    def _mark(shared: Path, bench: str, case: Mapping[str, object]) -> Path:
+        return shared / sha256(f"{bench} {case}".encode()).hexdigest()
 
 
 def _bar(hidden: bool) -> Progress:

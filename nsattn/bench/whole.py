@@ -10,12 +10,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nsattn.bench import attention, decode, model, selected
-from nsattn.bench.base import ROOT, gpus, start_bench
+from nsattn.bench.base import ROOT, bench, gpus
 from nsattn.bench.cases import choose
 from nsattn.bench.session import Session
 from nsattn.bench.timing import Echo
@@ -24,12 +24,20 @@ SHOWN = ROOT / "benchmarks" / "results" / "h200"  # the results that README and 
 
 
 def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
-    """Run all benches, then draw what their files hold; what is not done is named in `session.left`.
+    """Run all benches on all GPUs, then draw what their files hold; what is not done is named in `session.left`."""
+    with TemporaryDirectory() as shared:
+        if len(gpus()) > 1 and time.monotonic() < session.end:
+            session.shared = Path(shared)
+            _on_all(gpus(), out, peers, session, session.shared, echo)
+        benches(out, peers=peers, session=session, echo=echo)
+    steps = {"pictures": lambda: _draw(out, echo), "report": lambda: _report(out, echo)}
+    if out.resolve() == SHOWN:
+        steps["README and site"] = lambda: _show(out, echo)
+    _take_steps(steps, session)
 
-    In a process of several, whose session is shared, only the benches: what is left then is for who started it to say.
-    """
-    if len(gpus()) > 1 and time.monotonic() < session.end:
-        _on_all(gpus(), out, peers, session, echo)
+
+def benches(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
+    """Run all benches, one after the other, in this process."""
     steps: dict[str, Callable[[], object]] = {
         "selected": lambda: selected.run(out=f"{out}/selected.json", folder=peers, session=session, echo=echo),
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
@@ -39,10 +47,10 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
             out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo
         ),
     }
-    if not session.shared:
-        steps |= {"pictures": lambda: _draw(out, echo), "report": lambda: _report(out, echo)}
-        if out.resolve() == SHOWN:
-            steps["README and site"] = lambda: _show(out, echo)
+    _take_steps(steps, session)
+
+
+def _take_steps(steps: Mapping[str, Callable[[], object]], session: Session) -> None:
     for name, step in steps.items():
         try:
             step()
@@ -50,21 +58,20 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
             session.left.append(f"{name}: {type(error).__name__}: {error}")
 
 
-def _on_all(devices: list[str], out: Path, peers: Path, session: Session, echo: Echo) -> None:
+def _on_all(devices: list[str], out: Path, peers: Path, session: Session, shared: Path, echo: Echo) -> None:
     """The benches in a process on each GPU, until no case is left or the time is up."""
     selected.compile_ahead(choose(""), out=f"{out}/selected.json", folder=peers, session=session, echo=echo)
-    with TemporaryDirectory() as shared:
-        options = ["all", "--out", f"{out}", "--peers", f"{peers}", "--shared", shared, *["--again"] * session.again]
-        if not math.isinf(session.end):
-            options += ["--limit", f"{max(0.0, session.end - time.monotonic())}"]
-        started = [start_bench(ROOT, *options, gpu=device) for device in devices]
-        try:
-            for process in started:
-                process.wait()
-        finally:
-            for process in started:
-                process.kill()
-    session.again = False  # what they timed is done
+    options = ["all", "--out", f"{out}", "--peers", f"{peers}", "--shared", f"{shared}", *["--again"] * session.again]
+    if not math.isinf(session.end):
+        options += ["--limit", f"{max(0.0, session.end - time.monotonic())}"]
+    started = [subprocess.Popen(**bench(ROOT, *options, gpu=device)) for device in devices]
+    try:
+        for device, process in zip(devices, started, strict=True):
+            if process.wait():
+                session.left.append(f"GPU {device}: status {process.returncode}, what its process says is above")
+    finally:
+        for process in started:
+            process.kill()
 
 
 def _draw(out: Path, echo: Echo) -> None:
