@@ -125,7 +125,7 @@ TABLE: dict[str, dict[str, Cell]] = {
         "kvmajor_sm90": Cell(
             "attend_selected_kvmajor_sm90",
             "`kvmajor` with kernels for Hopper GPUs, blocks of 64 or 128 keys",
-            head_dims=(128,),
+            head_dims=(64, 128, 192, 256),
             slc_blocks=(64, 128),
             generation=9,
             costs=(Cost(0.1, 0.06, 0.129, 0, 0.05), Cost(0.15, 0.1, 0.05, 0, 0.2125)),

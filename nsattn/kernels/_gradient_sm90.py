@@ -1,17 +1,18 @@
 """Gradient of keys and values, and the dQ partials, of one pass over the block lists: Hopper (sm_90), in Gluon.
 
-Replaces the kernel of `_gradient` in the selected branch, for D = Dv = 128, blocks of 64 and 128 keys, and 16-bit
-inputs. A warpgroup holds 64 keys: their dK and dV stay in its registers, 128 of 255, while tiles of 64 gathered rows
-pass through shared memory, two deep. What decides the speed is the rest of the registers: nothing may spill. Therefore
+Replaces the kernel of `_gradient` in the selected branch, for D and Dv of 64 or 128, blocks of 64 and 128 keys, and
+16-bit inputs. A warpgroup holds 64 keys: their dK and dV stay in its registers, 128 of 255 for D = Dv = 128, while
+tiles of 64 gathered rows pass through shared memory, two deep. What decides the speed is the rest of the registers:
+nothing may spill. Therefore
 
 - scores are computed as S^T = K Q^T, so that P^T and dS^T are register operands of dV and dK, and only dS^T, which dQ
   reads transposed, goes through shared memory;
 - the accumulators of S^T and dP^T start at -lse / scale and -delta, which so need no registers later;
 - token numbers and statistics are loaded a tile ahead of their use, the statistics by one thread per number;
-- dQ of a 64-key block is multiplied in two halves of 64 columns;
+- dQ of a 64-key block is multiplied 64 columns at a time;
 - what the end of the program needs is loaded there once more.
 
-At B = 64 two programs of one warpgroup share a multiprocessor; at B = 128 one program has two warpgroups.
+At B = 64 two programs of one warpgroup share a multiprocessor, more for D = 64; at B = 128 a program has two warpgroups.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsattn.kernels._gradient import KeyBlocks, store_sum
 from nsattn.kernels._lists import BlockLists
+from nsattn.kernels._pieces_sm90 import SHARED, sums_layout
 from nsattn.plan import Plan
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -44,16 +46,20 @@ def _tokens_of(TOKENS, row, count, G: gl.constexpr):
 @gluon.jit
 def _fetch(
     q_tile, do_tile, Q, DO, token, row, num_rows, sq_t8, sq_h8, head0, num_heads,
-    G: gl.constexpr, Q_PACKED: gl.constexpr, COPY: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, G: gl.constexpr, Q_PACKED: gl.constexpr, COPY: gl.constexpr,
 ):
-    """Start the copy of 64 gathered rows of q and do to shared memory. Rows past the end become zeros."""
-    o_d = gl.arange(0, 128, layout=gl.SliceLayout(0, COPY))[None, :]
+    """Start the copy of 64 gathered rows of q and do to shared memory. Rows past the end become zeros.
+
+    Q_PACKED: rows of q lie as those of do.
+    """
     head = head0 + row % G
-    o_do = ((token * num_heads + head).to(gl.int64) * 128)[:, None] + o_d
+    o_do = ((token * num_heads + head).to(gl.int64) * DV)[:, None] + gl.arange(
+        0, DV, layout=gl.SliceLayout(0, COPY))[None, :]
     if Q_PACKED:
         o_q = o_do
     else:
-        o_q = ((token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8)[:, None] + o_d
+        o_q = ((token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8)[:, None] + gl.arange(
+            0, D, layout=gl.SliceLayout(0, COPY))[None, :]
     m = (row < num_rows)[:, None]
     async_copy.async_copy_global_to_shared(q_tile, Q + o_q, mask=m)
     async_copy.async_copy_global_to_shared(do_tile, DO + o_do, mask=m)
@@ -77,19 +83,35 @@ def _spread(starts, zero, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(p, stage, left, COLS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store the first `left` rows of a staged tile [64, COLS] to rows of 128: whole cache lines, first to leave L2."""
+def _store_rows(p, stage, left, D: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store the first `left` rows of a staged tile [64, COLS] to rows of D: whole cache lines, first to leave L2."""
     o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     o_d = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-    gl.store(p + (o_r * 128)[:, None] + o_d[None, :], stage.load(LAYOUT), mask=(o_r < left)[:, None],
+    gl.store(p + (o_r * D)[:, None] + o_d[None, :], stage.load(LAYOUT), mask=(o_r < left)[:, None],
              cache_modifier=".cs")
+
+
+@gluon.jit
+def store_keys(P, REST, SLICE, dk, key, num_keys, out_row, slot, WIDTH: gl.constexpr, ADD: gl.constexpr):
+    """Store columns of dK or dV: to a slice, in rows of WIDTH, or to the keys' own rows."""
+    LAYOUT: gl.constexpr = dk.type.layout
+    o_b = gl.arange(0, dk.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_c = gl.arange(0, dk.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    if slot >= 0:
+        gl.store(SLICE + (o_b * WIDTH)[:, None] + o_c, dk)
+    else:
+        o_key = (key + o_b).to(gl.int64)
+        p_rest = None
+        if REST is not None:
+            p_rest = REST + ((o_key * WIDTH)[:, None] + o_c)
+        store_sum(P + ((o_key * out_row)[:, None] + o_c), p_rest, dk, (o_b < num_keys)[:, None], ADD)
 
 
 @gluon.jit(do_not_specialize=["num_heads"])
 def _gradient_sm90_kernel(
-    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK, DV, REST, SLICES,
+    Q, K, V, DO, LSE, DELTA, TOKENS, ITEMS, CU_Q, CU_K, CU_KEYS, DQP, DK_OUT, DV_OUT, REST, SLICES,
     sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8, out_heads, num_heads, scale,
-    G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, ADD: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, G: gl.constexpr, B: gl.constexpr, Q_PACKED: gl.constexpr, ADD: gl.constexpr,
 ):
     """dK, dV of a block over one item of its list, and the dQ partial of every row (Eq 11, 12):
 
@@ -97,15 +119,13 @@ def _gradient_sm90_kernel(
 
     Strides ending in 8 count 8 elements: this tells the compiler that rows start at whole 16 bytes.
     """
-    D: gl.constexpr = 128
     W: gl.constexpr = B // 16
-    COLS: gl.constexpr = 16 * W  # of dQ, multiplied at a time
+    COLS: gl.constexpr = min(16 * W, D)  # of dQ, multiplied at a time
     TYPE: gl.constexpr = Q.dtype.element_ty
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 64, 16])
-    KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, D, 16])
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 64, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, KV_LAYOUT, 2)
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    S_LAYOUT: gl.constexpr = sums_layout(B, 64, W)
+    K_LAYOUT: gl.constexpr = sums_layout(B, D, W)
+    V_LAYOUT: gl.constexpr = sums_layout(B, DV, W)
+    DQ_LAYOUT: gl.constexpr = sums_layout(64, COLS, W)
     # A warp copies 4 pieces of 128 bytes, or stores pieces as wide as the staged tile.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [W, 1], [1, 0])
@@ -126,9 +146,9 @@ def _gradient_sm90_kernel(
     TOKENS += first
 
     k_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
-    v_tile = gl.allocate_shared_memory(TYPE, [B, D], SHARED)
+    v_tile = gl.allocate_shared_memory(TYPE, [B, DV], SHARED)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, 64, D], SHARED)
-    do_tiles = gl.allocate_shared_memory(TYPE, [2, 64, D], SHARED)
+    do_tiles = gl.allocate_shared_memory(TYPE, [2, 64, DV], SHARED)
     ds_tile = gl.allocate_shared_memory(TYPE, [B, 64], SHARED)
     stage = gl.allocate_shared_memory(TYPE, [64, COLS], SHARED)
     starts = gl.allocate_shared_memory(gl.float32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -137,16 +157,17 @@ def _gradient_sm90_kernel(
 
     o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+    o_v = gl.arange(0, DV, layout=gl.SliceLayout(0, COPY))[None, :]
     m_k = (o_k < len_keys)[:, None]
     key = (start_k + o_k).to(gl.int64)
     kv_head = i_h.to(gl.int64)
     async_copy.async_copy_global_to_shared(k_tile, K + ((key * sk_t8 + kv_head * sk_h8) * 8)[:, None] + o_d, mask=m_k)
-    async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_d, mask=m_k)
+    async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_v, mask=m_k)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
     for j in gl.static_range(2):
         token = _tokens_of(TOKENS, j * 64 + row, count, G)
         _fetch(q_tiles.index(j), do_tiles.index(j), Q, DO, token, j * 64 + row, num_rows, sq_t8, sq_h8, head0,
-               num_heads, G, Q_PACKED, COPY)
+               num_heads, D, DV, G, Q_PACKED, COPY)
     token = _tokens_of(TOKENS, 128 + row, count, G)
     line = gl.arange(0, 128, layout=LINE)
     is_lse = line < 64
@@ -162,8 +183,8 @@ def _gradient_sm90_kernel(
     scale2 = scale * LOG2E
     zero_s = gl.zeros([B, 64], gl.float32, S_LAYOUT)
     zero_dq = gl.zeros([64, COLS], gl.float32, DQ_LAYOUT)
-    dk = gl.zeros([B, D], gl.float32, KV_LAYOUT)
-    dv = gl.zeros([B, D], gl.float32, KV_LAYOUT)
+    dk = gl.zeros([B, D], gl.float32, K_LAYOUT)
+    dv = gl.zeros([B, DV], gl.float32, V_LAYOUT)
     p_dq = DQP + first * (G * D)
     for i in range(gl.cdiv(num_rows, 64)):
         q_tile = q_tiles.index(i % 2)
@@ -182,11 +203,11 @@ def _gradient_sm90_kernel(
             o_key = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
             s = gl.where(o_key[:, None] <= position[None, :], s, -float("inf"))
         p = gl.exp2(s)
-        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND), do_tile, dv, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), gl.DotOperandLayout(0, V_LAYOUT, 2)), do_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         ds = (p * (dp * scale)).to(TYPE)
         ds_tile.store(ds)
-        dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_tile, dk, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, K_LAYOUT, 2)), q_tile, dk, is_async=True)
         fence_async_shared()
         ds_rows = ds_tile.permute((1, 0))
         dq = warpgroup_mma(ds_rows, k_tile.slice(0, COLS, 1), zero_dq, use_acc=False, is_async=True)
@@ -198,39 +219,28 @@ def _gradient_sm90_kernel(
         barrier()
         starts.store(start)
         row_next = (i + 2) * 64 + row
-        _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, G, Q_PACKED, COPY)
+        _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, D, DV, G, Q_PACKED, COPY)
         line_next = (i + 2) * 64 + line
         start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
         token = _tokens_of(TOKENS, row_next + 64, count, G)
         start_token = _tokens_of(TOKENS, line_next + 64, count, G)
         left = num_rows - i * 64
-        _store_rows(p_dq, stage, left, COLS, STORE)
+        _store_rows(p_dq, stage, left, D, COLS, STORE)
         if COLS < D:
             dq_right = warpgroup_mma_wait(0, deps=(dq_right,))
             stage.store(dq_right.to(TYPE))
-            _store_rows(p_dq + COLS, stage, left, COLS, STORE)
+            _store_rows(p_dq + COLS, stage, left, D, COLS, STORE)
         p_dq += 64 * D
     async_copy.wait_group(0)
 
     i_h, i_s, block, slot = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 5)
-    o_b = gl.arange(0, B, layout=gl.SliceLayout(1, KV_LAYOUT))
-    o_c = gl.arange(0, D, layout=gl.SliceLayout(0, KV_LAYOUT))[None, :]
-    if slot >= 0:
-        p_slice = SLICES + (slot.to(gl.int64) * B + o_b)[:, None] * (2 * D) + o_c
-        gl.store(p_slice, dk)
-        gl.store(p_slice + D, dv)
-    else:
-        start_k = gl.load(CU_KEYS + i_s)
-        len_keys = gl.load(CU_KEYS + i_s + 1) - start_k
-        m_b = (block * B + o_b < len_keys)[:, None]
-        o_key = (start_k + block * B + o_b).to(gl.int64)
-        o_out = ((o_key * out_heads + i_h) * D)[:, None] + o_c
-        p_dk_rest, p_dv_rest = None, None
-        if REST is not None:
-            p_dk_rest = REST + ((o_key * (2 * D))[:, None] + o_c)
-            p_dv_rest = p_dk_rest + D
-        store_sum(DK + o_out, p_dk_rest, dk, m_b, ADD)
-        store_sum(DV + o_out, p_dv_rest, dv, m_b, ADD)
+    key, num_keys = gl.load(CU_KEYS + i_s) + block * B, gl.load(CU_KEYS + i_s + 1) - gl.load(CU_KEYS + i_s) - block * B
+    p_slice = SLICES + slot.to(gl.int64) * B * (D + DV)
+    p_rest = None
+    if REST is not None:
+        p_rest = REST + D
+    store_keys(DK_OUT + i_h * D, REST, p_slice, dk, key, num_keys, out_heads * D, slot, D + DV, ADD)
+    store_keys(DV_OUT + i_h * DV, p_rest, p_slice + D, dv, key, num_keys, out_heads * DV, slot, D + DV, ADD)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -246,10 +256,11 @@ def gradient(
 ) -> None:
     """`_gradient.gradient` on Hopper for selected blocks, with dQ partials, `parts` 1. Rows of q, k, v and do start at
     multiples of 16 bytes."""
-    D, B, num_heads = q.shape[2], keys.size, lse.stride(0)
+    D, Dv, B, num_heads = q.shape[2], v.shape[2], keys.size, lse.stride(0)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_sm90_kernel[(lists.items.shape[0],)](
         q, k, v, do, lse, delta, lists.tokens, lists.items, plan.cu_q, plan.cu_k, keys.cu, dq_partials, out_k, out_v,
         rest, slices, *strides, out_k.stride(0) // D, num_heads, scale,
-        G=q.shape[1] // k.shape[1], B=B, Q_PACKED=q.stride()[:2] == (num_heads * D, D), ADD=add, num_warps=B // 16,
+        D=D, DV=Dv, G=q.shape[1] // k.shape[1], B=B, Q_PACKED=D == Dv and q.stride()[:2] == (num_heads * D, D), ADD=add,
+        num_warps=B // 16,
     )  # fmt: skip

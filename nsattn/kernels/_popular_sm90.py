@@ -1,4 +1,4 @@
-"""Popular blocks of the selected branch, Eq 11 and 12, for Hopper GPUs in Gluon: D = Dv = 128, 16-bit inputs.
+"""Popular blocks of the selected branch, Eq 11 and 12, for Hopper GPUs in Gluon: D and Dv of 64 to 256, 16-bit inputs.
 
 A block that many neighbouring tokens chose is cheaper query-major: its partials alone would cost more than its products
 for all rows of a tile. So a program holds the query rows of a few neighbouring tokens, 128 of them, and runs over the
@@ -6,8 +6,8 @@ blocks that are popular with them (`_lists.Popular`): the forced ones always, an
 neighbours choose alike. Rows whose token did not choose a block are masked. One output and one lse for all of these
 blocks together go where the output will lie, and `_kvmajor.merge` takes them as one more partial.
 
-Two warpgroups of 64 rows share the keys and values of a step of 64, two deep in shared memory, and two programs an SM
-hide each other's waits: 96 KiB and 128 registers a thread. Every product is waited for where it is issued.
+Two warpgroups of 64 rows share the keys and values of a step of 64, two deep in shared memory. At D = Dv = 128 two
+programs an SM hide each other's waits: 96 KiB and 128 registers a thread. Wider heads have room for one program.
 """
 
 from __future__ import annotations
@@ -25,30 +25,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsattn.kernels._chunks import Chunk
 from nsattn.kernels._dense_sm90 import barrier
 from nsattn.kernels._lists import PopularBlocks
+from nsattn.kernels._pieces_sm90 import WIDEST, allocate, allocate_stages, pieces, zeros
 from nsattn.kernels._tile import LOG2E, cdiv
 from nsattn.plan import TILE, Plan
 
-D = gl.constexpr(128)
 ROWS = gl.constexpr(128)
 BN = gl.constexpr(64)  # keys of a step
 TABLE_ROWS = gl.constexpr(TILE)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))
-OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
-SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def _copy(P, tile, o_row, m):
+    """Start to copy the columns of a tile from rows that begin at o_row elements."""
+    o = o_row[:, None] + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))[None, :]
+    if m is None:
+        async_copy.async_copy_global_to_shared(tile, P + o)
+    else:
+        async_copy.async_copy_global_to_shared(tile, P + o, mask=m)
 
 
 @gluon.jit
 def _fetch(step, block, k_tiles, v_tiles, p_k, p_v, len_k, sk_t, sv_t, B: gl.constexpr):
     """Start to copy the keys and values of a step: BN of a block. Rows past the end become zeros."""
     o_n = block * B + step % (B // BN) * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, COPY))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     m = (o_n < len_k)[:, None]
-    stage = step % 2
-    o_k = (o_n.to(gl.int64) * sk_t * 8)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(k_tiles.index(stage), p_k + o_k, mask=m)
-    o_v = (o_n.to(gl.int64) * sv_t * 8)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(v_tiles.index(stage), p_v + o_v, mask=m)
+    for i in gl.static_range(len(k_tiles)):
+        _copy(p_k + WIDEST * i, k_tiles[i].index(step % 2), o_n.to(gl.int64) * sk_t * 8, m)
+    for i in gl.static_range(len(v_tiles)):
+        _copy(p_v + WIDEST * i, v_tiles[i].index(step % 2), o_n.to(gl.int64) * sv_t * 8, m)
     async_copy.commit_group()
 
 
@@ -72,11 +78,28 @@ def hide(s, last):
     return gl.convert_layout(x.reshape([ROWS, B]), s.type.layout)
 
 
+@gluon.jit
+def _add_values(p, v_tile, acc, shrink):
+    """shrink * acc + p V for the columns of a tile of V."""
+    OUTPUT: gl.constexpr = acc.type.layout
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+    return warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, OUTPUT, 2)), v_tile, acc, is_async=True)
+
+
+@gluon.jit
+def _store_output(O, acc, l, o_row, m_row):
+    """Store acc / l to rows that begin at o_row elements; whole rows a warp, by way of shared memory."""
+    o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, acc.type.layout))[:, None]
+    o = gl.convert_layout(o.to(O.dtype.element_ty), COPY)
+    o_d = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, COPY))
+    gl.store(O + (o_row[:, None] + o_d[None, :]), o, mask=m_row[:, None])
+
+
 @gluon.jit(do_not_specialize=["tile0", "row0", "row1", "heads", "num_heads"])
 def _popular_sm90_kernel(
     Q, K, V, COUNTS, BLOCKS, MEMBERS, Q_TILES, CU_Q, CU_K, O, LSE, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h,
     tile0, row0, row1, heads, num_heads, scale,
-    G: gl.constexpr, B: gl.constexpr, TOKENS: gl.constexpr, MOST: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TOKENS: gl.constexpr, MOST: gl.constexpr,
 ):
     """Output and base-2 lse of the rows of TOKENS tokens over the blocks that are popular with them (Eq 11, 12).
 
@@ -103,14 +126,16 @@ def _popular_sm90_kernel(
     if steps == 0:
         return
 
-    q_tile = gl.allocate_shared_memory(DTYPE, [ROWS, D], SHARED)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [2, BN, D], SHARED)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [2, BN, D], SHARED)
+    KEYS: gl.constexpr = pieces(D)
+    VALUES: gl.constexpr = pieces(DV)
+    q_tiles = allocate(DTYPE, ROWS, KEYS)
+    k_tiles = allocate_stages(DTYPE, 2, BN, KEYS)
+    v_tiles = allocate_stages(DTYPE, 2, BN, VALUES)
     o_c = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     t_c = gl.minimum(first + gl.minimum(o_c // G, TOKENS - 1), len_q - 1) + start_q  # idle rows repeat the last token
-    o_q = ((t_c.to(gl.int64) * sq_t + (i_h * G + o_c % G).to(gl.int64) * sq_h) * 8)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(q_tile, Q + o_q)
+    o_q = (t_c.to(gl.int64) * sq_t + (i_h * G + o_c % G).to(gl.int64) * sq_h) * 8
+    for i in gl.static_range(len(q_tiles)):
+        _copy(Q + WIDEST * i, q_tiles[i], o_q, None)
     p_k = K + (start_k.to(gl.int64) * sk_t + i_h.to(gl.int64) * sk_h) * 8
     p_v = V + (start_k.to(gl.int64) * sv_t + i_h.to(gl.int64) * sv_h) * 8
     block = gl.load(p_blocks)
@@ -121,7 +146,7 @@ def _popular_sm90_kernel(
     scale2 = scale * LOG2E
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-    acc = gl.zeros([ROWS, D], gl.float32, OUTPUT)
+    acc = zeros(ROWS, VALUES, 8)
     for j in range(steps):
         members = gl.load(p_members + j // (B // BN)).to(WORD)
         async_copy.wait_group(0)
@@ -129,8 +154,10 @@ def _popular_sm90_kernel(
         barrier()  # the keys and values are there, and nobody reads those of the step before
         if j + 1 < steps:  # ahead of the product: a branch while one is under way makes its pieces wait for each other
             _fetch(j + 1, after, k_tiles, v_tiles, p_k, p_v, len_k, sk_t, sv_t, B)
-        kt = k_tiles.index(j % 2).permute((1, 0))
-        s = warpgroup_mma(q_tile, kt, gl.zeros([ROWS, BN], gl.float32, SCORES), use_acc=False, is_async=True)
+        s = gl.zeros([ROWS, BN], gl.float32, SCORES)
+        for i in gl.static_range(len(q_tiles)):
+            kt = k_tiles[i].index(j % 2).permute((1, 0))
+            s = warpgroup_mma(q_tiles[i], kt, s, use_acc=i > 0, is_async=True)
         i_n = block * B + j % (B // BN) * BN
         block = after
         after = gl.load(p_blocks + gl.minimum(j + 2, steps - 1) // (B // BN))
@@ -144,21 +171,22 @@ def _popular_sm90_kernel(
         p = gl.exp2(s * scale2 - gl.where(member, m_new, float("inf"))[:, None])
         l = l * shrink + gl.sum(p, 1)
         m = m_new
-        p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, OUTPUT, 2))
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
-        acc = warpgroup_mma(p, v_tiles.index(j % 2), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        p = p.to(DTYPE)
+        if len(VALUES) == 1:
+            acc = (_add_values(p, v_tiles[0].index(j % 2), acc[0], shrink),)
+            acc = (warpgroup_mma_wait(0, deps=(acc[0],)),)
+        else:
+            left = _add_values(p, v_tiles[0].index(j % 2), acc[0], shrink)
+            right = _add_values(p, v_tiles[1].index(j % 2), acc[1], shrink)
+            acc = warpgroup_mma_wait(0, deps=(left, right))
 
     some = l > 0
-    acc = acc * gl.convert_layout(1.0 / gl.where(some, l, 1.0), gl.SliceLayout(1, OUTPUT))[:, None]
     end = gl.minimum(i_tile + TABLE_ROWS, len_q)  # the last part of a tile may be shorter
-    barrier()  # nobody reads q any more: the output takes its place on the way to whole rows
-    q_tile.store(acc.to(DTYPE))
-    barrier()
     row_c = start_q + first + o_c // G
     m_c = (o_c // G < TOKENS) & (first + o_c // G < end) & (row_c >= row0) & (row_c < row1)
-    out_c = row_c.to(gl.int64) * num_heads + i_h * G + o_c % G
-    gl.store(O + ((out_c * D)[:, None] + o_d[None, :]), q_tile.load(COPY), mask=m_c[:, None])
+    out_c = (row_c.to(gl.int64) * num_heads + i_h * G + o_c % G) * DV
+    for i in gl.static_range(len(v_tiles)):
+        _store_output(O + WIDEST * i, acc[i], gl.where(some, l, 1.0), out_c, m_c)
     row = start_q + first + token
     m_row = (token < TOKENS) & (first + token < end) & (row >= row0) & (row < row1)
     lse2 = gl.where(some, m + gl.log2(gl.where(some, l, 1.0)), float("-inf"))
@@ -185,6 +213,6 @@ def attend_popular(
     _popular_sm90_kernel[(popular.counts.numel(),)](
         q, k, v, *popular[:3], plan.q_tiles, plan.cu_q, plan.cu_k, o, lse, *strides,
         popular.tile0, chunk.row0, chunk.row1, chunk.heads, lse.stride(0), scale,
-        G=G, B=plan.config.slc_block, TOKENS=popular.tokens, MOST=popular.blocks.shape[-1],
-        num_warps=8, maxnreg=128,
+        D=q.shape[-1], DV=o.shape[-1], G=G, B=plan.config.slc_block, TOKENS=popular.tokens,
+        MOST=popular.blocks.shape[-1], num_warps=8, maxnreg=128 if max(q.shape[-1], o.shape[-1]) <= 128 else 248,
     )  # fmt: skip

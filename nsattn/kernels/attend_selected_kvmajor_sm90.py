@@ -25,62 +25,104 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsattn.kernels import _kvmajor
+from nsattn.kernels import _gradient_sm90, _gradient_wide_sm90, _kvmajor
 from nsattn.kernels._gradient import Gradient, Pair, selected_cut
-from nsattn.kernels._gradient_sm90 import aligned, gradient
+from nsattn.kernels._gradient_sm90 import aligned, barrier
 from nsattn.kernels._kvmajor import Dense, Schedule
 from nsattn.kernels._lists import BlockLists
+from nsattn.kernels._pieces_sm90 import SHARED, WIDEST, allocate, pieces
 from nsattn.kernels._popular_sm90 import attend_popular, hide, popular_tokens
 from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
 
-D = gl.constexpr(128)
 BM = gl.constexpr(64)  # rows of a tile: what one warpgroup multiplies at a time
-SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-# Rows [64, 128] of 16-bit numbers over 4 warps of 16 rows, 8 columns (16 bytes) at a time and eight lanes to 128
-# neighbouring bytes, which is one L2 request. The owners are those of an accumulator after `swap_columns`, but for one
-# lane bit and one register bit, exchanged: a few shuffles.
-STORE = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 1], [0, 2], [0, 4], [1, 0], [0, 64], [8, 0]], [[0, 8], [0, 16], [0, 32], [2, 0], [4, 0]], [[16, 0], [32, 0]],
-    [], [64, 128]))
+RESERVED = 1024  # bytes of shared memory that every program takes besides its own
 
 
 @gluon.constexpr_function
-def fetch_layout(rows):
-    """The same pieces for reading `rows` rows, 64 or 128, with no accumulator to fit."""
-    more = [[64, 0]] if rows == 128 else []
+def store_layout(cols):
+    """Rows [64, cols] of 16-bit numbers over 4 warps of 16 rows, 8 columns (16 bytes) at a time and eight lanes to 128
+    neighbouring bytes, which is one L2 request; cols is 64 or 128. The owners are those of an accumulator after
+    `swap_columns`, but for one lane bit and one register bit, exchanged: a few shuffles."""
+    more = [[0, 64]] if cols == 128 else []
     return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 64], [4, 0], [8, 0], *more], [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
-        [[16, 0], [32, 0]], [], [rows, 128])
+        [[0, 1], [0, 2], [0, 4], [1, 0], *more, [8, 0]], [[0, 8], [0, 16], [0, 32], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]], [], [64, cols])
 
 
-FETCH = gl.constexpr(fetch_layout(64))
+@gluon.constexpr_function
+def fetch_layout(rows, cols):
+    """The same pieces for reading `rows` rows, 64 or 128, with no accumulator to fit."""
+    right, below = [[0, 64]] if cols == 128 else [], [[64, 0]] if rows == 128 else []
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], *right, [4, 0], [8, 0], *below], [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
+        [[16, 0], [32, 0]], [], [rows, cols])
 
 
 @gluon.jit
 def swap_columns(x):
-    """Column 32a + 8j + 2i + e of [R, 128] goes to 32a + 8i + 2j + e. Its own inverse; moves no data.
+    """Column 32a + 8j + 2i + e of [R, C] goes to 32a + 8i + 2j + e. Its own inverse; moves no data.
 
     In an accumulator, lane j of four owns columns 8i + 2j and 8i + 2j + 1. If V is stored with swapped columns, these
     are the neighbours 8j + 2i and 8j + 2i + 1 of the true output: 16 bytes for one store, with no shared memory.
     """
-    ROWS: gl.constexpr = x.shape[0]
-    return x.reshape([ROWS, 4, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, 128])
+    R: gl.constexpr = x.shape[0]
+    C: gl.constexpr = x.shape[1]
+    return x.reshape([R, C // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([R, C])
 
 
 @gluon.jit
-def fetch_q(Q, q_smem, token, head, sq_t, sq_h):
+def fetch(P, tile, o_row, m):
+    """Start to copy the columns of a tile from rows that begin at o_row elements."""
+    LAYOUT: gl.constexpr = fetch_layout(tile.shape[0], tile.shape[1])
+    o_row = gl.convert_layout(o_row, gl.SliceLayout(1, LAYOUT))[:, None]
+    o = o_row + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    if m is None:
+        async_copy.async_copy_global_to_shared(tile, P + o)
+    else:
+        m = gl.convert_layout(m, gl.SliceLayout(1, LAYOUT))[:, None]
+        async_copy.async_copy_global_to_shared(tile, P + o, mask=m)
+
+
+@gluon.jit
+def fetch_q(Q, q_tiles, token, head, sq_t, sq_h):
     """Start to copy the query rows of a tile."""
     o = (token.to(gl.int64) * sq_t + head.to(gl.int64) * sq_h) * 8
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, FETCH))
-    async_copy.async_copy_global_to_shared(q_smem, Q + (o[:, None] + o_d[None, :]))
+    for i in gl.static_range(len(q_tiles)):
+        fetch(Q + WIDEST * i, q_tiles[i], o, None)
     async_copy.commit_group()
 
 
 @gluon.jit
+def load_swapped(V, o_row, m, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """A tile in shared memory of rows of V, with columns as `swap_columns` leaves them."""
+    LAYOUT: gl.constexpr = fetch_layout(ROWS, COLS)
+    o_row = gl.convert_layout(o_row, gl.SliceLayout(1, LAYOUT))[:, None]
+    m = gl.convert_layout(m, gl.SliceLayout(1, LAYOUT))[:, None]
+    b_v = gl.load(V + (o_row + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))[None, :]), mask=m, other=0.0)
+    return gl.allocate_shared_memory(V.dtype.element_ty, [ROWS, COLS], SHARED, swap_columns(b_v))
+
+
+@gluon.jit
+def store_output(OP, p, v_tile, l, row0, last, DV: gl.constexpr):
+    """Multiply probabilities p, with sums l, by columns of V and store these columns of the partial output."""
+    COLS: gl.constexpr = v_tile.shape[1]
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    STORE: gl.constexpr = store_layout(COLS)
+    o_row = gl.minimum(row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, STORE)), last)
+    o_d = gl.arange(0, COLS, layout=gl.SliceLayout(0, STORE))
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, OUTPUT, 2))
+    o = warpgroup_mma(p, v_tile, gl.zeros([BM, COLS], gl.float32, OUTPUT), use_acc=False, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUTPUT))[:, None]
+    o = gl.convert_layout(swap_columns(o.to(v_tile.dtype)), STORE)
+    gl.store(OP + (o_row * DV)[:, None] + o_d[None, :], o, cache_modifier=".cs")
+
+
+@gluon.jit
 def tiles(
-    Q, q_smem, k_smem, v_smem, TOKENS, OP, LSEP, num_rows, shift, scale2, sq_t, sq_h,
-    FIRST: gl.constexpr, STEP: gl.constexpr, G: gl.constexpr, B: gl.constexpr,
+    Q, q_tiles, k_tiles, v_tiles, TOKENS, OP, LSEP, num_rows, shift, scale2, sq_t, sq_h,
+    FIRST: gl.constexpr, STEP: gl.constexpr, G: gl.constexpr, B: gl.constexpr, DV: gl.constexpr,
 ):
     """Partial outputs of tiles FIRST, FIRST + STEP, ... of an item, by one warpgroup. See `_partial_sm90_kernel`.
 
@@ -88,25 +130,23 @@ def tiles(
     block that a token sees is token + shift.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    DTYPE: gl.constexpr = q_smem.dtype
+    FETCH: gl.constexpr = gl.SliceLayout(1, fetch_layout(BM, q_tiles[0].shape[1]))
     # The tail of an item repeats its last row: it writes the same values again, which costs less than masks.
     last = num_rows - 1
-    o_fetch = gl.arange(0, BM, layout=gl.SliceLayout(1, FETCH))
+    o_fetch = gl.arange(0, BM, layout=FETCH)
     o_score = gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
-    o_store = gl.arange(0, BM, layout=gl.SliceLayout(1, STORE))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-    kt_smem = k_smem.permute((1, 0))
     row = gl.minimum(FIRST * BM + o_fetch, last)
-    fetch_q(Q, q_smem, gl.load(TOKENS + row // G), row % G, sq_t, sq_h)
+    fetch_q(Q, q_tiles, gl.load(TOKENS + row // G), row % G, sq_t, sq_h)
     token = gl.load(TOKENS + gl.minimum((FIRST + STEP) * BM + o_fetch, last) // G)  # of the rows to fetch next
     for i in range(FIRST, gl.cdiv(num_rows, BM), STEP):
         async_copy.wait_group(0)
         fence_async_shared()
-        s = warpgroup_mma(q_smem, kt_smem, gl.zeros([BM, B], gl.float32, SCORES), use_acc=False, is_async=True)
+        s = gl.zeros([BM, B], gl.float32, SCORES)
+        for j in gl.static_range(len(q_tiles)):
+            s = warpgroup_mma(q_tiles[j], k_tiles[j].permute((1, 0)), s, use_acc=j > 0, is_async=True)
         earliest = gl.load(TOKENS + i * BM // G)  # tokens of a list ascend
         s = warpgroup_mma_wait(0, deps=(s,))
-        fetch_q(Q, q_smem, token, gl.minimum((i + STEP) * BM + o_fetch, last) % G, sq_t, sq_h)
+        fetch_q(Q, q_tiles, token, gl.minimum((i + STEP) * BM + o_fetch, last) % G, sq_t, sq_h)
         token = gl.load(TOKENS + gl.minimum((i + 2 * STEP) * BM + o_fetch, last) // G)
         o_row = gl.minimum(i * BM + o_score, last)
         if earliest + shift < B - 1:  # else every row sees the whole block
@@ -114,12 +154,11 @@ def tiles(
         m = gl.max(s, 1) * scale2  # finite: a listed row sees the first key of the block
         p = gl.exp2(s * scale2 - m[:, None])
         l = gl.sum(p, 1)
-        p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, OUTPUT, 2))
-        o = warpgroup_mma(p, v_smem, gl.zeros([BM, D], gl.float32, OUTPUT), use_acc=False, is_async=True)
-        o = warpgroup_mma_wait(0, deps=(o,))
-        o = o * gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUTPUT))[:, None]
-        o = gl.convert_layout(swap_columns(o.to(DTYPE)), STORE)
-        gl.store(OP + (gl.minimum(i * BM + o_store, last) * D)[:, None] + o_d[None, :], o, cache_modifier=".cs")
+        p = p.to(v_tiles[0].dtype)
+        for j in gl.static_range(len(v_tiles)):
+            if j > 0:
+                barrier()  # else the compiler keeps both pieces of the output in registers
+            store_output(OP + WIDEST * j, p, v_tiles[j], l, i * BM, last, DV)
         gl.store(LSEP + o_row, m + gl.log2(l))
     async_copy.wait_group(0)
 
@@ -127,7 +166,8 @@ def tiles(
 @gluon.jit
 def _partial_sm90_kernel(
     Q, K, V, TOKENS, ITEMS, CU_Q, CU_K, OP, LSEP, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, scale,
-    G: gl.constexpr, B: gl.constexpr, GROUPS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, G: gl.constexpr, B: gl.constexpr, GROUPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
     """Partial outputs of the rows of one item: softmax over the visible keys of one block (Eq 11, 12).
 
@@ -146,47 +186,62 @@ def _partial_sm90_kernel(
     len_k = gl.load(CU_K + i_s + 1) - start_k
     len_q = gl.load(CU_Q + i_s + 1) - start_q
     kv_head = i_h.to(gl.int64)
+    KEYS: gl.constexpr = pieces(D)
+    VALUES: gl.constexpr = pieces(DV)
 
-    LAYOUT: gl.constexpr = fetch_layout(B)
-    o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, LAYOUT))
-    m_k = (o_k < len_k)[:, None]
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    o_k = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, fetch_layout(B, KEYS[0])))
+    m_k = o_k < len_k
     o_k = (start_k + o_k).to(gl.int64)
-    k_smem = gl.allocate_shared_memory(K.dtype.element_ty, [B, D], SHARED)
-    o_kd = ((kv_head * sk_h + o_k * sk_t) * 8)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(k_smem, K + o_kd, mask=m_k)
+    k_tiles = allocate(K.dtype.element_ty, B, KEYS)
+    for i in gl.static_range(len(k_tiles)):
+        fetch(K + WIDEST * i, k_tiles[i], (kv_head * sk_h + o_k * sk_t) * 8, m_k)
     async_copy.commit_group()
-    o_vd = ((kv_head * sv_h + o_k * sv_t) * 8)[:, None] + o_d[None, :]
-    b_v = gl.load(V + o_vd, mask=m_k, other=0.0)
-    v_smem = gl.allocate_shared_memory(V.dtype.element_ty, [B, D], SHARED, swap_columns(b_v))
-    q_smem = gl.allocate_shared_memory(Q.dtype.element_ty, [GROUPS, BM, D], SHARED)
+    o_v = (kv_head * sv_h + o_k * sv_t) * 8
+    v_tiles = (load_swapped(V, o_v, m_k, B, VALUES[0]),)
+    if len(VALUES) > 1:
+        barrier()  # one piece is in registers at a time
+        v_tiles = (v_tiles[0], load_swapped(V + WIDEST, o_v, m_k, B, VALUES[1]))
 
     p_q = Q + kv_head * G * sq_h * 8
-    p_tokens, p_o, p_lse = TOKENS + first, OP + first * (G * D), LSEP + first * G
+    p_tokens, p_o, p_lse = TOKENS + first, OP + first * (G * DV), LSEP + first * G
     shift = len_k - len_q - start_q - block * B  # from a query row to its position inside the block
     rows, scale2 = count * G, scale * LOG2E
+    q_tiles = allocate(Q.dtype.element_ty, BM, KEYS)
     if GROUPS == 1:
-        tiles(p_q, q_smem.index(0), k_smem, v_smem, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h, 0, 1, G, B)
+        tiles(p_q, q_tiles, k_tiles, v_tiles, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h, 0, 1, G, B, DV)
     else:
+        more_q = allocate(Q.dtype.element_ty, BM, KEYS)
         async_copy.wait_group(0)
         fence_async_shared()
         gl.warp_specialize([
-            (tiles, (p_q, q_smem.index(0), k_smem, v_smem, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h,
-                     0, 2, G, B)),
-            (tiles, (p_q, q_smem.index(1), k_smem, v_smem, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h,
-                     1, 2, G, B)),
-        ], [4], [128])
+            (tiles, (p_q, q_tiles, k_tiles, v_tiles, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h,
+                     0, 2, G, B, DV)),
+            (tiles, (p_q, more_q, k_tiles, v_tiles, p_tokens, p_o, p_lse, rows, shift, scale2, sq_t, sq_h,
+                     1, 2, G, B, DV)),
+        ], [4], [REGISTERS])
+
+
+def most_registers(D: int, Dv: int, B: int, groups: int) -> int:
+    """Registers a thread with which as many programs share a multiprocessor as its shared memory has room for, or as
+    many as have the registers for scores, an output piece and 32 more."""
+    shared = 2 * (B * (D + Dv) + groups * BM.value * D) + RESERVED
+    programs = 228 * 1024 // shared
+    needed = min(128, 32 + (B + min(Dv, WIDEST.value)) // 2)
+    return max(needed, min(248, 65536 // (programs * groups * 128) // 8 * 8))
 
 
 def partial(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, plan: Plan, scale: float, partials: Tensor, partial_lse: Tensor
 ) -> None:
     """`attend_selected_kvmajor.partial` on Hopper; rows of q, k and v start at multiples of 16 bytes."""
-    B = plan.config.slc_block
+    D, Dv, B = q.shape[-1], v.shape[-1], plan.config.slc_block
+    groups = B // 64
+    registers = most_registers(D, Dv, B, groups)
     strides = [x.stride(dim) // 8 for x in (q, k, v) for dim in (0, 1)]
     _partial_sm90_kernel[(lists.items.shape[0],)](
         q, k, v, lists.tokens, lists.items, plan.cu_q, plan.cu_k, partials, partial_lse, *strides, scale,
-        G=q.shape[1] // k.shape[1], B=B, GROUPS=B // 64, num_warps=4, maxnreg=128,
+        D=D, DV=Dv, G=q.shape[1] // k.shape[1], B=B, GROUPS=groups, REGISTERS=registers,
+        num_warps=4, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -195,7 +250,14 @@ SCHEDULES = {
     64: Schedule(partial, rows_per_item=1024, rows_per_range=32768, dense=Dense(attend_popular, popular_tokens, 38)),
     128: Schedule(partial, rows_per_item=2048, rows_per_range=131072, dense=Dense(attend_popular, popular_tokens, 60)),
 }
-GRADIENT = Gradient(gradient, parts=1, cut=functools.partial(selected_cut, fewest=2048))
+
+
+def gradient_of(q: Tensor, v: Tensor, B: int) -> Gradient:
+    """The gradient kernel for a head."""
+    cut = functools.partial(selected_cut, fewest=2048)
+    if max(q.shape[2], v.shape[2]) > 128:
+        return Gradient(_gradient_wide_sm90.gradient, parts=B // 64, cut=cut)
+    return Gradient(_gradient_sm90.gradient, parts=1, cut=cut)
 
 
 def attend_selected(
@@ -214,8 +276,9 @@ def attend_selected_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_selected` with respect to q, k, v. See `attend_selected_kvmajor`."""
     do, q, k, v = map(aligned, (do, q, k, v))
+    kernel = gradient_of(q, v, plan.config.slc_block)
     return _kvmajor.backward(
-        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=GRADIENT,
+        do, dlse, q, k, v, o, lse, block_idx, plan, scale=scale, workspace=workspace, kernel=kernel,
         delta=delta, dq=dq, dkv=dkv,
     )  # fmt: skip
 
@@ -224,5 +287,5 @@ def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, worksp
     """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
     return _kvmajor.scratch_bytes(
         q, k, v, N, plan, workspace=workspace, backward=backward, schedule=SCHEDULES[plan.config.slc_block],
-        kernel=GRADIENT,
+        kernel=gradient_of(q, v, plan.config.slc_block),
     )  # fmt: skip
