@@ -134,6 +134,17 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
+def _json_file(out: str) -> str:
+    """A file to write results to; what is none is refused before anything is timed."""
+    if out and Path(out).is_dir():
+        raise typer.BadParameter(f"got the folder {out}, needs a file in it, such as {Path(out) / 'results.json'}")
+    return out
+
+
+OutOption = Annotated[
+    str,
+    typer.Option(help="JSON file for the results; rows it already has stay unless redone", callback=_json_file),
+]
 BaseOption = Annotated[
     str, typer.Option(help="a git revision or a folder with a checkout: times that commit of ours too, case by case")
 ]
@@ -146,7 +157,7 @@ def bench_attention(
     heads: Annotated[
         str, typer.Option(help="Hq/Hkv pairs, comma separated; default: 4/4,16/4,32/8,40/8,64/4")
     ] = "",
-    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    out: OutOption = "",
     peers: Annotated[
         Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")
     ] = None,
@@ -169,7 +180,7 @@ def bench_selected(
     only: Annotated[
         str, typer.Option(help="sets of shapes of nsattn/bench/cases.py, comma separated; default: all")
     ] = "",
-    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    out: OutOption = "",
     peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
     shard: Annotated[str, typer.Option(help="i/n: every n-th shape from the i-th on, counted from 0")] = "0/1",
@@ -191,7 +202,7 @@ def bench_selected(
 @bench.command("decode")
 @_bad_parameters()
 def bench_decode(
-    out: Annotated[str, typer.Option(help="JSON file for the results; rows it already has stay unless redone")] = "",
+    out: OutOption = "",
     rounds: Annotated[int, typer.Option(min=1, help="how often the contenders of a shape take turns")] = 2,
     base: BaseOption = "",
 ) -> None:
@@ -210,7 +221,10 @@ def bench_model(
     lengths: Annotated[str, typer.Option(help="sequence lengths, comma separated")] = "8192,16384,32768,65536",
     layers: Annotated[int, typer.Option(min=1, help="layers of a model; fewer where they do not fit")] = 2,
     out: Annotated[
-        str, typer.Option(help="JSON file for the results; what it has of this commit is not timed again")
+        str,
+        typer.Option(
+            help="JSON file for the results; what it has of this commit is not timed again", callback=_json_file
+        ),
     ] = "",
     peers: Annotated[
         Path | None, typer.Option(help="folder with the checkouts of other projects, which are timed too")

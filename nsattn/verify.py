@@ -87,11 +87,22 @@ def gpu_cases() -> list[Case]:
              Case("long lists", lengths=(6000,), config=few, num_kv_heads=1, group=2, axis="workspace")]
     cases += [replace(base, name=f"G={g}", group=g, axis="G") for g in (1, 2, 3, 5, 6, 7, 8, 16, 32, 64)]
     cases += [replace(base, name=f"D={d}", head_dim=d, axis="D") for d in (32, 64, 80, 96, 192, 256)]
-    cases += [replace(base, name="D=192 Dv=128", head_dim=192, v_head_dim=128, axis="D"),
-              replace(base, name="D=64 Dv=256", head_dim=64, v_head_dim=256, axis="D")]
+    latent = replace(base, head_dim=192, v_head_dim=128)  # what latent attention (MLA) expands to
+    cases += [replace(latent, name="D=192 Dv=128", axis="D"),
+              replace(base, name="D=64 Dv=256", head_dim=64, v_head_dim=256, axis="D"),
+              replace(base, name="D=256 Dv=64 G=1", head_dim=256, v_head_dim=64, group=1, axis="D"),
+              replace(latent, name="hostile D=192 Dv=128", hostile=True, axis="hostile"),
+              Case("hostile D=256", head_dim=256, hostile=True, axis="hostile"),
+              Case("hostile D=64", head_dim=64, hostile=True, axis="hostile"),
+              Case("groups cut D=256", lengths=(4000,), workspace=48 << 20, num_kv_heads=1, group=5, head_dim=256,
+                   axis="workspace"),
+              replace(latent, name="long lists D=192 Dv=128", lengths=(6000,), config=few, num_kv_heads=1, group=2,
+                      axis="workspace")]
     cases += [replace(base, name=f"B={b}", config=NSAConfig(slc_block=b), axis="B") for b in (16, 32, 128)]
     forced = NSAConfig(num_selected=5, init_blocks=0, local_blocks=0)
     cases += [replace(base, name="B=128 D=256", head_dim=256, config=NSAConfig(slc_block=128), axis="B"),
+              replace(latent, name="B=128 D=192 Dv=128", config=NSAConfig(slc_block=128), axis="B"),
+              replace(base, name="B=128 D=64", head_dim=64, config=NSAConfig(slc_block=128), axis="B"),
               replace(base, name="N=64", config=NSAConfig(slc_block=16, num_selected=64), axis="B"),
               replace(base, name="N=1", config=NSAConfig(num_selected=1, init_blocks=0, local_blocks=1), axis="B"),
               replace(base, name="nothing forced", config=forced, axis="B"),

@@ -88,6 +88,8 @@ CELLS = (
     Cell(64, 64, 64, 1, everywhere=True),
     Cell(256, 256, 128, 16, everywhere=True),
     Cell(192, 128, 64, 16),
+    Cell(192, 192, 64, 2),
+    Cell(256, 256, 64, 4),
     Cell(80, 80, 16, 5),
     Cell(128, 128, 128, 1),
     Cell(128, 128, 16, 64, num_selected=64),

@@ -24,6 +24,11 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         "blocks of 128 keys, outside the loop. One warpgroup a program has no spills and is 3 to 9 % slower at "
         "T=65536, four KV heads, on an H200 (docs/log.md, 2026-11-23)",
     ),
+    ("sm_90", "_gradient_wide_sm90_kernel"): (
+        40,
+        "D = Dv = 256, a few words a tile: dK and dV of 64 keys are 128 registers a thread of two warpgroups. 13.5 ms "
+        "where `_gradient_kernel` takes 30.6 at T=65536, 16/4 heads, on an H200 (docs/log.md, 2026-11-28)",
+    ),
     ("sm_90", "_scores_kernel"): (
         88,
         "blocks of 16 keys; a few words an iteration around the loads of keys. Of seven shapes timed on an H200 this"

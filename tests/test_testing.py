@@ -70,8 +70,8 @@ def test_zero_but_for_rounding():
     assert not compare(zero + 1e-3, golden, zero).ok
 
 
-def test_few_rows_are_judged_by_the_low_run():
-    """One row whose sum cancels: as far off as the low run is fine, three times as far is not; many rows are."""
+def test_few_rows_are_judged_by_the_largest_error():
+    """One row whose sum cancels: twice as far off as the low run is fine, four times is not. The RMS is for many."""
     few = torch.zeros(40, 8, dtype=torch.float64)
     few[:2] = 1.0
     many = torch.ones(40, 8, dtype=torch.float64)

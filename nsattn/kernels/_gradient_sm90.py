@@ -12,7 +12,7 @@ nothing may spill. Therefore
 - dQ of a 64-key block is multiplied 64 columns at a time;
 - what the end of the program needs is loaded there once more.
 
-At B = 64 two programs of one warpgroup share a multiprocessor, more for D = 64; at B = 128 a program has two warpgroups.
+At B = 64 two programs of one warpgroup share a multiprocessor; at B = 128 one program has two warpgroups.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _fetch(
     Q_PACKED: rows of q lie as those of do.
     """
     head = head0 + row % G
-    o_do = ((token * num_heads + head).to(gl.int64) * DV)[:, None] + gl.arange(
-        0, DV, layout=gl.SliceLayout(0, COPY))[None, :]
+    o_v = gl.arange(0, DV, layout=gl.SliceLayout(0, COPY))[None, :]
+    o_do = ((token * num_heads + head).to(gl.int64) * DV)[:, None] + o_v
     if Q_PACKED:
         o_q = o_do
     else:
-        o_q = ((token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8)[:, None] + gl.arange(
-            0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+        o_q = ((token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8)[:, None] + o_d
     m = (row < num_rows)[:, None]
     async_copy.async_copy_global_to_shared(q_tile, Q + o_q, mask=m)
     async_copy.async_copy_global_to_shared(do_tile, DO + o_do, mask=m)
@@ -125,6 +125,8 @@ def _gradient_sm90_kernel(
     S_LAYOUT: gl.constexpr = sums_layout(B, 64, W)
     K_LAYOUT: gl.constexpr = sums_layout(B, D, W)
     V_LAYOUT: gl.constexpr = sums_layout(B, DV, W)
+    P: gl.constexpr = gl.DotOperandLayout(0, V_LAYOUT, 2)
+    DS: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
     DQ_LAYOUT: gl.constexpr = sums_layout(64, COLS, W)
     # A warp copies 4 pieces of 128 bytes, or stores pieces as wide as the staged tile.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
@@ -203,11 +205,11 @@ def _gradient_sm90_kernel(
             o_key = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
             s = gl.where(o_key[:, None] <= position[None, :], s, -float("inf"))
         p = gl.exp2(s)
-        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), gl.DotOperandLayout(0, V_LAYOUT, 2)), do_tile, dv, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), P), do_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         ds = (p * (dp * scale)).to(TYPE)
         ds_tile.store(ds)
-        dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, K_LAYOUT, 2)), q_tile, dk, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds, DS), q_tile, dk, is_async=True)
         fence_async_shared()
         ds_rows = ds_tile.permute((1, 0))
         dq = warpgroup_mma(ds_rows, k_tile.slice(0, COLS, 1), zero_dq, use_acc=False, is_async=True)
@@ -219,7 +221,8 @@ def _gradient_sm90_kernel(
         barrier()
         starts.store(start)
         row_next = (i + 2) * 64 + row
-        _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, D, DV, G, Q_PACKED, COPY)
+        _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, D, DV, G,
+               Q_PACKED, COPY)
         line_next = (i + 2) * 64 + line
         start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
         token = _tokens_of(TOKENS, row_next + 64, count, G)
@@ -234,7 +237,8 @@ def _gradient_sm90_kernel(
     async_copy.wait_group(0)
 
     i_h, i_s, block, slot = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 5)
-    key, num_keys = gl.load(CU_KEYS + i_s) + block * B, gl.load(CU_KEYS + i_s + 1) - gl.load(CU_KEYS + i_s) - block * B
+    start_k = gl.load(CU_KEYS + i_s)
+    key, num_keys = start_k + block * B, gl.load(CU_KEYS + i_s + 1) - start_k - block * B
     p_slice = SLICES + slot.to(gl.int64) * B * (D + DV)
     p_rest = None
     if REST is not None:

@@ -79,6 +79,15 @@ def _add(tile, row_tiles, stage, acc):
 
 
 @gluon.jit
+def _columns(k_tiles, i: gl.constexpr):
+    """The first 128 columns of the keys, or those behind them."""
+    if k_tiles[0].shape[1] > WIDEST:
+        return k_tiles[0].slice(WIDEST * i, WIDEST, 1)
+    else:
+        return k_tiles[i]
+
+
+@gluon.jit
 def _product(tile, k_tile):
     """Start the product of [rows, keys] with columns of the keys."""
     COLS: gl.constexpr = k_tile.shape[1]
@@ -95,7 +104,7 @@ def _wait(dv, dk, dq, UNDER_WAY: gl.constexpr):
 
 @gluon.jit
 def _store_rows(p, stage, dq, left, D: gl.constexpr):
-    """Store columns of dQ of the first `left` rows, staged to have whole cache lines, which are the first to leave L2."""
+    """Store columns of dQ of the first `left` rows: staged, to be whole cache lines, and the first to leave L2."""
     stage.store(dq.to(stage.dtype))
     barrier()
     o_r = gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
@@ -116,11 +125,12 @@ def _gradient_wide_sm90_kernel(
     Strides ending in 8 count 8 elements: this tells the compiler that rows start at whole 16 bytes.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
-    KEYS: gl.constexpr = pieces(D)
-    VALUES: gl.constexpr = pieces(DV)
+    KEYS: gl.constexpr = pieces(D, 256)
+    VALUES: gl.constexpr = pieces(DV, 256)
     UNDER_WAY: gl.constexpr = len(KEYS) + len(VALUES)  # products of the next scores
     # The right columns of dQ in turn: beside these sums there are no registers for them.
-    IN_TURN: gl.constexpr = len(KEYS) > 1 and D + DV > 320
+    IN_TURN: gl.constexpr = D > WIDEST and D + DV > 320
+    LEFT: gl.constexpr = min(D, WIDEST)  # columns of dQ that are stored at a time
     SUBS: gl.constexpr = B // BK
     p_item = ITEMS + 6 * (gl.program_id(0) // SUBS)
     i_sub = gl.program_id(0) % SUBS
@@ -144,7 +154,7 @@ def _gradient_wide_sm90_kernel(
     do_tiles = allocate_stages(TYPE, 2, BM, VALUES)
     p_tile = gl.allocate_shared_memory(TYPE, [BK, BM], SHARED)
     ds_tile = gl.allocate_shared_memory(TYPE, [BK, BM], SHARED)
-    stage = gl.allocate_shared_memory(TYPE, [BM, WIDEST], SHARED)
+    stage = gl.allocate_shared_memory(TYPE, [BM, LEFT], SHARED)
     starts = gl.allocate_shared_memory(gl.float32, [2 * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     lse_starts = starts.slice(0, BM)
     delta_starts = starts.slice(BM, BM)
@@ -198,9 +208,9 @@ def _gradient_wide_sm90_kernel(
         dv = _add(p_tile, do_tiles, i % 2, dv)
         dk = _add(ds_tile, q_tiles, i % 2, dk)
         ds_rows = ds_tile.permute((1, 0))
-        dq = _product(ds_rows, k_tiles[0])
-        if len(KEYS) > 1 and not IN_TURN:
-            dq_right = _product(ds_rows, k_tiles[1])
+        dq = _product(ds_rows, _columns(k_tiles, 0))
+        if D > WIDEST and not IN_TURN:
+            dq_right = _product(ds_rows, _columns(k_tiles, 1))
         line_next = (i + 2) * BM + line
         start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
         start_token = _tokens_of(TOKENS, line_next + BM, count, G)
@@ -208,7 +218,7 @@ def _gradient_wide_sm90_kernel(
         fence_async_shared()
         s = _scores(k_tiles, q_tiles, (i + 1) % 2, lse_starts)
         dp = _scores(v_tiles, do_tiles, (i + 1) % 2, delta_starts)
-        if len(KEYS) > 1 and not IN_TURN:
+        if D > WIDEST and not IN_TURN:
             dq_right = warpgroup_mma_wait(UNDER_WAY, deps=(dq_right,))
         dv, dk, dq = _wait(dv, dk, dq, UNDER_WAY)
         # A warp only knows that its own products have read the tiles: wait for the others before they are overwritten.
@@ -217,11 +227,11 @@ def _gradient_wide_sm90_kernel(
         _fetch(i % 2, q_tiles, do_tiles, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, DV, G)
         token = _tokens_of(TOKENS, row_next + BM, count, G)
         _store_rows(p_dq, stage, dq, num_rows - i * BM, SUBS * D)
-        if len(KEYS) > 1:
+        if D > WIDEST:
             if IN_TURN:
-                dq_right = warpgroup_mma_wait(0, deps=(_product(ds_rows, k_tiles[1]),))
+                dq_right = warpgroup_mma_wait(0, deps=(_product(ds_rows, _columns(k_tiles, 1)),))
             barrier()
-            _store_rows(p_dq + WIDEST, stage.slice(0, KEYS[1], 1), dq_right, num_rows - i * BM, SUBS * D)
+            _store_rows(p_dq + WIDEST, stage.slice(0, D - LEFT, 1), dq_right, num_rows - i * BM, SUBS * D)
         p_dq += BM * SUBS * D
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     async_copy.wait_group(0)
@@ -233,14 +243,14 @@ def _gradient_wide_sm90_kernel(
         p_rest = None
         if REST is not None:
             p_rest = REST + WIDEST * i
-        store_keys(DK_OUT + i_h * D + WIDEST * i, p_rest, p_slice + WIDEST * i, dk[i], key, num_keys, out_heads * D, slot,
-                    D + DV, ADD)
+        store_keys(DK_OUT + i_h * D + WIDEST * i, p_rest, p_slice + WIDEST * i, dk[i], key, num_keys, out_heads * D,
+                   slot, D + DV, ADD)
     for i in gl.static_range(len(dv)):
         p_rest = None
         if REST is not None:
             p_rest = REST + D + WIDEST * i
         store_keys(DV_OUT + i_h * DV + WIDEST * i, p_rest, p_slice + D + WIDEST * i, dv[i], key, num_keys,
-                    out_heads * DV, slot, D + DV, ADD)
+                   out_heads * DV, slot, D + DV, ADD)
 
 
 def gradient(
@@ -248,8 +258,8 @@ def gradient(
     keys: KeyBlocks, scale: float, dq_partials: Tensor | None, out_k: Tensor, out_v: Tensor, rest: Tensor | None,
     slices: Tensor, add: bool,
 ) -> None:
-    """`_gradient.gradient` on Hopper for selected blocks, with dQ partials, one `part` for each 64 keys of a block. Rows
-    of q, k, v and do start at multiples of 16 bytes."""
+    """`_gradient.gradient` on Hopper for selected blocks, with dQ partials, one `part` for each 64 keys of a block.
+    Rows of q, k, v and do start at multiples of 16 bytes."""
     D, Dv, B = q.shape[2], v.shape[2], keys.size
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:2]]
     _gradient_wide_sm90_kernel[(lists.items.shape[0] * (B // BK.value),)](

@@ -80,6 +80,8 @@ def _merge_kernel(
     out = (row0 + token) * num_heads + head  # O and LSE begin at the first of the heads and have rows of num_heads
     if MORE:
         more = tl.load(LSE + out, mask=m_row, other=-float("inf"))
+        # Whatever is there, where there is none: the gathers below do not wait for `more` then.
+        b_more = load_rows(O, out, o_v, DVAL, m_row, DVAL)
         m = tl.maximum(m, more)
     m_ref = tl.where(m == -float("inf"), 0.0, m)
     l = tl.sum(tl.exp2(lse2 - m_ref[:, None]), 1)
@@ -87,7 +89,7 @@ def _merge_kernel(
     if MORE:
         w = tl.exp2(more - m_ref)
         l += w
-        acc += w[:, None] * load_rows(O, out, o_v, DVAL, more > -float("inf"), DVAL)
+        acc += w[:, None] * tl.where((more > -float("inf"))[:, None], b_more, 0.0)
     for i in range(0, N, UNROLL):
         for j in tl.static_range(UNROLL):  # places and lse come from the L1 cache here: cheaper than shuffles
             place = tl.load(p_inv + i + j, mask=m_row & (i + j < N), other=-1).to(tl.int64)

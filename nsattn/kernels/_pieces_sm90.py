@@ -14,9 +14,10 @@ SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of a tile of 16-bit n
 
 
 @gluon.constexpr_function
-def pieces(D):
-    """Columns of the pieces of a head."""
-    return tuple(columns for columns in (min(D, 128), D - 128) if columns > 0)
+def pieces(D, most=128):
+    """Columns of the pieces of a head, of which none has more than `most`: 128, or 256 where D is a power of two."""
+    first = D if D in (64, 128, 256) and most >= D else 128
+    return (first, D - first) if D > first else (first,)
 
 
 @gluon.constexpr_function

@@ -1,14 +1,15 @@
 """attend_selected, KV-block-major, with the two kernels that take the time written for Hopper in Gluon.
 
-Everything else is _kvmajor.py. The gradient is in _gradient_sm90.py; this is the partial kernel: same lists and same
-results as that of attend_selected_kvmajor.py, what differs is who owns which register. For D = Dv = 128, bf16 or fp16,
-blocks of 64 or 128 keys, any group size.
+Everything else is _kvmajor.py. The gradient is in _gradient_sm90.py, that of wide heads in _gradient_wide_sm90.py; this
+is the partial kernel: same lists and same results as that of attend_selected_kvmajor.py, what differs is who owns which
+register. For D and Dv of 64, 128, 192 or 256, bf16 or fp16, blocks of 64 or 128 keys, any group size.
 
 The kernel is bound by memory traffic and by latency, so as many independent warpgroups per SM as fit run on one tile of
-64 rows each, with at most 128 registers a thread: four. A program for a block of 64 keys is one warpgroup and takes
-48 KiB of shared memory (K, V, one tile of q). A block of 128 keys takes 64 KiB for K and V, so two warpgroups share it.
-One q buffer is enough, because the next tile is fetched as soon as the scores of this one exist. Outputs go from the
-accumulators to memory without passing through shared memory.
+64 rows each: for D = Dv = 128 four, with at most 128 registers a thread. A program for a block of 64 keys is one
+warpgroup and takes 48 KiB of shared memory (K, V, one tile of q). A block of 128 keys takes 64 KiB for K and V, so two
+warpgroups share it. One q buffer is enough, because the next tile is fetched as soon as the scores of this one exist.
+Outputs go from the accumulators to memory without passing through shared memory. Wide heads take more of both: three
+warpgroups for D = 192 and Dv = 128, two for D = Dv = 256.
 """
 
 from __future__ import annotations
@@ -252,6 +253,15 @@ SCHEDULES = {
 }
 
 
+def schedule_of(q: Tensor, v: Tensor, B: int) -> Schedule:
+    """The schedule for a head. Of wide heads a multiprocessor has room for one program of popular blocks instead of
+    two: a block costs as much as twice the rows of partials."""
+    schedule = SCHEDULES[B]
+    if max(q.shape[2], v.shape[2]) > 128 and schedule.dense:
+        return schedule._replace(dense=schedule.dense._replace(worth=2 * schedule.dense.worth))
+    return schedule
+
+
 def gradient_of(q: Tensor, v: Tensor, B: int) -> Gradient:
     """The gradient kernel for a head."""
     cut = functools.partial(selected_cut, fewest=2048)
@@ -265,7 +275,7 @@ def attend_selected(
 ) -> tuple[Tensor, Tensor]:
     """Eq 11, 12, KV-block-major. See `nsattn.attend_selected`."""
     q, k, v = map(aligned, (q, k, v))
-    schedule = SCHEDULES[plan.config.slc_block]
+    schedule = schedule_of(q, v, plan.config.slc_block)
     return _kvmajor.forward(q, k, v, block_idx, plan, scale=scale, workspace=workspace, schedule=schedule)
 
 
@@ -285,7 +295,8 @@ def attend_selected_bwd(
 
 def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, N: int, plan: Plan, *, workspace: int, backward: bool) -> int:
     """Peak scratch of `attend_selected` or `attend_selected_bwd`, in bytes; the data of the tensors is not read."""
+    B = plan.config.slc_block
     return _kvmajor.scratch_bytes(
-        q, k, v, N, plan, workspace=workspace, backward=backward, schedule=SCHEDULES[plan.config.slc_block],
-        kernel=gradient_of(q, v, plan.config.slc_block),
+        q, k, v, N, plan, workspace=workspace, backward=backward, schedule=schedule_of(q, v, B),
+        kernel=gradient_of(q, v, B),
     )  # fmt: skip
