@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsattn.kernels._gradient import KeyBlocks
 from nsattn.kernels._gradient_sm90 import _start_values, _tokens_of, barrier, store_keys
 from nsattn.kernels._lists import BlockLists
-from nsattn.kernels._pieces_sm90 import SHARED, WIDEST, allocate, allocate_stages, pieces, sums_layout, zeros
+from nsattn.kernels._pieces_sm90 import SHARED, WIDEST, allocate, allocate_stages, pieces, sums_layout, zeros, zeros_of
 from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
 
@@ -90,9 +90,7 @@ def _columns(k_tiles, i: gl.constexpr):
 @gluon.jit
 def _product(tile, k_tile):
     """Start the product of [rows, keys] with columns of the keys."""
-    COLS: gl.constexpr = k_tile.shape[1]
-    zero = gl.zeros([BM, COLS], gl.float32, sums_layout(BM, COLS, WARPS))
-    return warpgroup_mma(tile, k_tile, zero, use_acc=False, is_async=True)
+    return warpgroup_mma(tile, k_tile, zeros_of(BM, k_tile.shape[1], WARPS), use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -28,18 +28,19 @@ def sums_layout(rows, columns, warps):
 
 
 @gluon.jit
-def zeros(ROWS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """Sums for rows of a head: one tensor a piece."""
-    left = _zeros(ROWS, COLUMNS[0], WARPS)
-    if len(COLUMNS) == 1:
-        return (left,)
-    else:
-        return (left, _zeros(ROWS, COLUMNS[1], WARPS))
+def zeros_of(ROWS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Sums for rows of one piece of a head."""
+    return gl.zeros([ROWS, COLUMNS], gl.float32, sums_layout(ROWS, COLUMNS, WARPS))
 
 
 @gluon.jit
-def _zeros(ROWS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    return gl.zeros([ROWS, COLUMNS], gl.float32, sums_layout(ROWS, COLUMNS, WARPS))
+def zeros(ROWS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """Sums for rows of a head, one tensor a piece."""
+    left = zeros_of(ROWS, COLUMNS[0], WARPS)
+    if len(COLUMNS) == 1:
+        return (left,)
+    else:
+        return (left, zeros_of(ROWS, COLUMNS[1], WARPS))
 
 
 @gluon.jit
