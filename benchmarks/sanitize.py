@@ -44,19 +44,24 @@ WORKSPACE = 1 << 20  # so little that batches are cut
 
 
 class Case(NamedTuple):
-    """One implementation of one operation at one shape; heads of 128, which the Hopper kernels need."""
+    """One implementation of one operation at one shape; heads of 128, which all Hopper kernels take."""
 
     operation: str
     impl: str
     group: int = 4
     slc_block: int = 64
+    head_dim: int = 128
+    v_head_dim: int = 128
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.impl} G={self.group} B={self.slc_block}"
+        dims = f" D={self.head_dim}, {self.v_head_dim}" if (self.head_dim, self.v_head_dim) != (128, 128) else ""
+        return f"{self.operation} {self.impl} G={self.group} B={self.slc_block}{dims}"
 
 
 CASES = (
     *(Case("attend_selected", "kvmajor_sm90", g, b) for g, b in itertools.product((1, 4, 5, 16), (64, 128))),
+    *(Case("attend_selected", "kvmajor_sm90", g, b, *dims)
+      for g, b, dims in ((1, 64, (64, 64)), (4, 64, (192, 128)), (5, 64, (256, 256)), (4, 128, (256, 256)))),
     *(Case("attend_selected", impl, g) for impl, g in itertools.product(("kvmajor", "qmajor"), (1, 5))),
     *(Case(operation, impl, g) for operation in ("attend_compressed", "attend_window")
       for impl, g in itertools.product(("triton_sm90", "triton"), (4, 5))),
@@ -100,7 +105,8 @@ def run(case: Case) -> None:
         return
     N = 3
     config = NSAConfig(slc_block=case.slc_block, num_selected=N, window=70)
-    sizes = {"num_kv_heads": 2, "group": case.group, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
+    sizes = {"num_kv_heads": 2, "group": case.group, "head_dim": case.head_dim, "v_head_dim": case.v_head_dim,
+             "dtype": torch.bfloat16, "device": "cuda"}  # fmt: skip
     x = make_inputs(LENGTHS, config=config, slack=5, **sizes)
     options = {"scale": x.scale, "workspace": WORKSPACE, "impl": case.impl}
 
@@ -166,7 +172,7 @@ def report(rows: list[tuple[Case, dict[str, tuple[str, float, bool]]]], version:
     lines = ["# compute-sanitizer", "", "```text"]
     lines += [f"{name:10} {value}" for name, value in environment().items()]
     lines += [f"tool       {version}",
-              f"batch      lengths {', '.join(map(str, LENGTHS))}, 2 KV heads of 128, bfloat16, "
+              f"batch      lengths {', '.join(map(str, LENGTHS))}, 2 KV heads of 128 or D, bfloat16, "
               f"workspace {WORKSPACE >> 20} MiB, forward and backward", "```", "",
               "Errors (memcheck) and hazards (racecheck) that the tool counted, and seconds.", ""]  # fmt: skip
     lines += ["| case | " + " | ".join(TOOLS) + " |", "|---|" + "--:|" * len(TOOLS)]

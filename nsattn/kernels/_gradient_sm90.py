@@ -38,7 +38,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its nam
 
 
 @gluon.jit
-def _tokens_of(TOKENS, row, count, G: gl.constexpr):
+def tokens_of(TOKENS, row, count, G: gl.constexpr):
     """Query rows behind rows of an item, whose list begins at TOKENS; past the end that of the last pair."""
     return gl.load(TOKENS + gl.minimum(row // G, count - 1))
 
@@ -67,7 +67,7 @@ def _fetch(
 
 
 @gluon.jit
-def _start_values(LSE, DELTA, token, row, num_rows, is_lse, head0, num_heads, scale, G: gl.constexpr):
+def start_values(LSE, DELTA, token, row, num_rows, is_lse, head0, num_heads, scale, G: gl.constexpr):
     """What S^T (where is_lse) and dP^T of a row start at: -lse / scale, -inf past the end so that p = 0; -delta."""
     o = token * num_heads + head0 + row % G
     m = row < num_rows
@@ -167,20 +167,20 @@ def _gradient_sm90_kernel(
     async_copy.async_copy_global_to_shared(v_tile, V + ((key * sv_t8 + kv_head * sv_h8) * 8)[:, None] + o_v, mask=m_k)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
     for j in gl.static_range(2):
-        token = _tokens_of(TOKENS, j * 64 + row, count, G)
+        token = tokens_of(TOKENS, j * 64 + row, count, G)
         _fetch(q_tiles.index(j), do_tiles.index(j), Q, DO, token, j * 64 + row, num_rows, sq_t8, sq_h8, head0,
                num_heads, D, DV, G, Q_PACKED, COPY)
-    token = _tokens_of(TOKENS, 128 + row, count, G)
+    token = tokens_of(TOKENS, 128 + row, count, G)
     line = gl.arange(0, 128, layout=LINE)
     is_lse = line < 64
     line = line % 64
-    start_token = _tokens_of(TOKENS, line, count, G)
-    start = _start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G)
+    start_token = tokens_of(TOKENS, line, count, G)
+    start = start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G)
     starts.store(start)
-    start_token = _tokens_of(TOKENS, 64 + line, count, G)
-    start = _start_values(LSE, DELTA, start_token, 64 + line, num_rows, is_lse, head0, num_heads, scale, G)
-    start_token = _tokens_of(TOKENS, 128 + line, count, G)
-    first_token = _tokens_of(TOKENS, 0, count, G)
+    start_token = tokens_of(TOKENS, 64 + line, count, G)
+    start = start_values(LSE, DELTA, start_token, 64 + line, num_rows, is_lse, head0, num_heads, scale, G)
+    start_token = tokens_of(TOKENS, 128 + line, count, G)
+    first_token = tokens_of(TOKENS, 0, count, G)
 
     scale2 = scale * LOG2E
     zero_s = gl.zeros([B, 64], gl.float32, S_LAYOUT)
@@ -196,12 +196,12 @@ def _gradient_sm90_kernel(
         s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), _spread(lse_starts, zero_s, S_LAYOUT), is_async=True)
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), _spread(delta_starts, zero_s, S_LAYOUT), is_async=True)
         hides = first_token + shift < block * B + B - 1  # tokens ascend: only the first tiles of a list hide late keys
-        first_token = _tokens_of(TOKENS, i * 64 + 64, count, G)
+        first_token = tokens_of(TOKENS, i * 64 + 64, count, G)
         s = warpgroup_mma_wait(1, deps=(s,))
         s = s * scale2
         if hides:
             o_row = i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
-            position = _tokens_of(TOKENS, o_row, count, G) + shift
+            position = tokens_of(TOKENS, o_row, count, G) + shift
             o_key = block * B + gl.arange(0, B, layout=gl.SliceLayout(1, S_LAYOUT))
             s = gl.where(o_key[:, None] <= position[None, :], s, -float("inf"))
         p = gl.exp2(s)
@@ -224,9 +224,9 @@ def _gradient_sm90_kernel(
         _fetch(q_tile, do_tile, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, D, DV, G,
                Q_PACKED, COPY)
         line_next = (i + 2) * 64 + line
-        start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
-        token = _tokens_of(TOKENS, row_next + 64, count, G)
-        start_token = _tokens_of(TOKENS, line_next + 64, count, G)
+        start = start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
+        token = tokens_of(TOKENS, row_next + 64, count, G)
+        start_token = tokens_of(TOKENS, line_next + 64, count, G)
         left = num_rows - i * 64
         _store_rows(p_dq, stage, left, D, COLS, STORE)
         if COLS < D:

@@ -21,25 +21,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsattn.kernels._gradient import KeyBlocks
-from nsattn.kernels._gradient_sm90 import _start_values, _tokens_of, barrier, store_keys
+from nsattn.kernels._gradient_sm90 import barrier, start_values, store_keys, tokens_of
 from nsattn.kernels._lists import BlockLists
-from nsattn.kernels._pieces_sm90 import SHARED, WIDEST, allocate, allocate_stages, pieces, sums_layout, zeros, zeros_of
+from nsattn.kernels._pieces_sm90 import (
+    COPY,
+    SHARED,
+    WIDEST,
+    allocate,
+    allocate_stages,
+    copy,
+    pieces,
+    sums_layout,
+    zeros,
+    zeros_of,
+)
 from nsattn.kernels._tile import LOG2E
 from nsattn.plan import Plan
 
 BK = gl.constexpr(64)  # keys of a program
 BM = gl.constexpr(64)  # rows of a tile
 WARPS = gl.constexpr(8)
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 SCORES = gl.constexpr(sums_layout(64, 64, 8))  # [keys, rows]
-
-
-@gluon.jit
-def _copy(P, tile, o_row, m):
-    """Start to copy the columns of a tile from rows that begin at o_row elements. Masked rows become zeros."""
-    o_d = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
-    async_copy.async_copy_global_to_shared(tile, P + (o_row[:, None] + o_d[None, :]), mask=m[:, None])
 
 
 @gluon.jit
@@ -52,10 +55,10 @@ def _fetch(
     m = row < num_rows
     for i in gl.static_range(len(q_tiles)):
         o_q = (token.to(gl.int64) * sq_t8 + head.to(gl.int64) * sq_h8) * 8
-        _copy(Q + WIDEST * i, q_tiles[i].index(stage), o_q, m)
+        copy(Q + WIDEST * i, q_tiles[i].index(stage), o_q, m)
     for i in gl.static_range(len(do_tiles)):
         o_do = (token * num_heads + head).to(gl.int64) * DV
-        _copy(DO + WIDEST * i, do_tiles[i].index(stage), o_do, m)
+        copy(DO + WIDEST * i, do_tiles[i].index(stage), o_do, m)
     async_copy.commit_group()
 
 
@@ -162,23 +165,23 @@ def _gradient_wide_sm90_kernel(
     key = (start_k + o_k).to(gl.int64)
     kv_head = i_h.to(gl.int64)
     for i in gl.static_range(len(k_tiles)):
-        _copy(K + WIDEST * i, k_tiles[i], (key * sk_t8 + kv_head * sk_h8) * 8, m_k)
+        copy(K + WIDEST * i, k_tiles[i], (key * sk_t8 + kv_head * sk_h8) * 8, m_k)
     for i in gl.static_range(len(v_tiles)):
-        _copy(V + WIDEST * i, v_tiles[i], (key * sv_t8 + kv_head * sv_h8) * 8, m_k)
+        copy(V + WIDEST * i, v_tiles[i], (key * sv_t8 + kv_head * sv_h8) * 8, m_k)
     row = gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
     for j in gl.static_range(2):
-        token = _tokens_of(TOKENS, j * BM + row, count, G)
+        token = tokens_of(TOKENS, j * BM + row, count, G)
         _fetch(j, q_tiles, do_tiles, Q, DO, token, j * BM + row, num_rows, sq_t8, sq_h8, head0, num_heads, DV, G)
-    token = _tokens_of(TOKENS, 2 * BM + row, count, G)
+    token = tokens_of(TOKENS, 2 * BM + row, count, G)
     line = gl.arange(0, 2 * BM, layout=LINE)
     is_lse = line < BM
     line = line % BM
-    start_token = _tokens_of(TOKENS, line, count, G)
-    starts.store(_start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G))
-    start_token = _tokens_of(TOKENS, BM + line, count, G)
-    start = _start_values(LSE, DELTA, start_token, BM + line, num_rows, is_lse, head0, num_heads, scale, G)
-    start_token = _tokens_of(TOKENS, 2 * BM + line, count, G)
-    first_token = _tokens_of(TOKENS, 0, count, G)
+    start_token = tokens_of(TOKENS, line, count, G)
+    starts.store(start_values(LSE, DELTA, start_token, line, num_rows, is_lse, head0, num_heads, scale, G))
+    start_token = tokens_of(TOKENS, BM + line, count, G)
+    start = start_values(LSE, DELTA, start_token, BM + line, num_rows, is_lse, head0, num_heads, scale, G)
+    start_token = tokens_of(TOKENS, 2 * BM + line, count, G)
+    first_token = tokens_of(TOKENS, 0, count, G)
 
     scale2 = scale * LOG2E
     dk = zeros(BK, KEYS, WARPS)
@@ -190,12 +193,12 @@ def _gradient_wide_sm90_kernel(
     dp = _scores(v_tiles, do_tiles, 0, delta_starts)
     for i in range(gl.cdiv(num_rows, BM)):
         hides = first_token + shift < key0 + BK - 1  # tokens ascend: only the first tiles of a list hide late keys
-        first_token = _tokens_of(TOKENS, i * BM + BM, count, G)
+        first_token = tokens_of(TOKENS, i * BM + BM, count, G)
         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
         s = s * scale2
         if hides:
             o_row = i * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, SCORES))
-            position = _tokens_of(TOKENS, o_row, count, G) + shift
+            position = tokens_of(TOKENS, o_row, count, G) + shift
             o_key = key0 + gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
             s = gl.where(o_key[:, None] <= position[None, :], s, -float("inf"))
         p = gl.exp2(s)
@@ -210,8 +213,8 @@ def _gradient_wide_sm90_kernel(
         if D > WIDEST and not IN_TURN:
             dq_right = _product(ds_rows, _columns(k_tiles, 1))
         line_next = (i + 2) * BM + line
-        start = _start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
-        start_token = _tokens_of(TOKENS, line_next + BM, count, G)
+        start = start_values(LSE, DELTA, start_token, line_next, num_rows, is_lse, head0, num_heads, scale, G)
+        start_token = tokens_of(TOKENS, line_next + BM, count, G)
         async_copy.wait_group(0)
         fence_async_shared()
         s = _scores(k_tiles, q_tiles, (i + 1) % 2, lse_starts)
@@ -223,7 +226,7 @@ def _gradient_wide_sm90_kernel(
         barrier()
         row_next = (i + 2) * BM + row
         _fetch(i % 2, q_tiles, do_tiles, Q, DO, token, row_next, num_rows, sq_t8, sq_h8, head0, num_heads, DV, G)
-        token = _tokens_of(TOKENS, row_next + BM, count, G)
+        token = tokens_of(TOKENS, row_next + BM, count, G)
         _store_rows(p_dq, stage, dq, num_rows - i * BM, SUBS * D)
         if D > WIDEST:
             if IN_TURN:

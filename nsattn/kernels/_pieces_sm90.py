@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 WIDEST = gl.constexpr(128)
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of a tile of 16-bit numbers
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
 
 
 @gluon.constexpr_function
@@ -61,3 +63,14 @@ def allocate_stages(TYPE: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr
         return (left,)
     else:
         return (left, gl.allocate_shared_memory(TYPE, [STAGES, ROWS, COLUMNS[1]], SHARED))
+
+
+@gluon.jit
+def copy(P, tile, o_row, m):
+    """Start to copy the columns of a tile from rows that begin at o_row elements, by eight warps. Rows outside of the
+    mask, if there is one, become zeros."""
+    o = o_row[:, None] + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))[None, :]
+    if m is None:
+        async_copy.async_copy_global_to_shared(tile, P + o)
+    else:
+        async_copy.async_copy_global_to_shared(tile, P + o, mask=m[:, None])

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsattn.kernels._chunks import Chunk
 from nsattn.kernels._dense_sm90 import barrier
 from nsattn.kernels._lists import PopularBlocks
-from nsattn.kernels._pieces_sm90 import WIDEST, allocate, allocate_stages, pieces, zeros
+from nsattn.kernels._pieces_sm90 import COPY, WIDEST, allocate, allocate_stages, copy, pieces, zeros
 from nsattn.kernels._tile import LOG2E, cdiv
 from nsattn.plan import TILE, Plan
 
@@ -33,28 +33,17 @@ ROWS = gl.constexpr(128)
 BN = gl.constexpr(64)  # keys of a step
 TABLE_ROWS = gl.constexpr(TILE)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
-
-
-@gluon.jit
-def _copy(P, tile, o_row, m):
-    """Start to copy the columns of a tile from rows that begin at o_row elements."""
-    o = o_row[:, None] + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))[None, :]
-    if m is None:
-        async_copy.async_copy_global_to_shared(tile, P + o)
-    else:
-        async_copy.async_copy_global_to_shared(tile, P + o, mask=m)
 
 
 @gluon.jit
 def _fetch(step, block, k_tiles, v_tiles, p_k, p_v, len_k, sk_t, sv_t, B: gl.constexpr):
     """Start to copy the keys and values of a step: BN of a block. Rows past the end become zeros."""
     o_n = block * B + step % (B // BN) * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, COPY))
-    m = (o_n < len_k)[:, None]
+    m = o_n < len_k
     for i in gl.static_range(len(k_tiles)):
-        _copy(p_k + WIDEST * i, k_tiles[i].index(step % 2), o_n.to(gl.int64) * sk_t * 8, m)
+        copy(p_k + WIDEST * i, k_tiles[i].index(step % 2), o_n.to(gl.int64) * sk_t * 8, m)
     for i in gl.static_range(len(v_tiles)):
-        _copy(p_v + WIDEST * i, v_tiles[i].index(step % 2), o_n.to(gl.int64) * sv_t * 8, m)
+        copy(p_v + WIDEST * i, v_tiles[i].index(step % 2), o_n.to(gl.int64) * sv_t * 8, m)
     async_copy.commit_group()
 
 
@@ -135,7 +124,7 @@ def _popular_sm90_kernel(
     t_c = gl.minimum(first + gl.minimum(o_c // G, TOKENS - 1), len_q - 1) + start_q  # idle rows repeat the last token
     o_q = (t_c.to(gl.int64) * sq_t + (i_h * G + o_c % G).to(gl.int64) * sq_h) * 8
     for i in gl.static_range(len(q_tiles)):
-        _copy(Q + WIDEST * i, q_tiles[i], o_q, None)
+        copy(Q + WIDEST * i, q_tiles[i], o_q, None)
     p_k = K + (start_k.to(gl.int64) * sk_t + i_h.to(gl.int64) * sk_h) * 8
     p_v = V + (start_k.to(gl.int64) * sv_t + i_h.to(gl.int64) * sv_h) * 8
     block = gl.load(p_blocks)
