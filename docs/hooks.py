@@ -2,8 +2,8 @@
 
 - A line `::: nsattn.name` becomes the signature and the docstring of that object, `::: table support` the support table
   of `nsattn.dispatch`, `::: table times` and `::: table models` those of attention.json and models.json in
-  benchmarks/results/h200, `::: table models_compiled` that of models_compiled.json, `::: table times_h100` and
-  `::: table models_h100` those in h100.
+  benchmarks/results/h200, `::: table models_compiled` that of models_compiled.json, `::: table head_dims` one from
+  selected.json, `::: table times_h100` and `::: table models_h100` those in h100.
 - Pages from outside docs/ (`PAGES`) are part of the site.
 - Links go to files of the repository. Those that are no page of the site are copied into it.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 from nsattn import dispatch
-from nsattn.bench import model, summary
+from nsattn.bench import model, selected, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +36,7 @@ TABLES = {
     "times": lambda: summary(RESULTS / "h200" / "attention.json"),
     "models": lambda: model.summary(RESULTS / "h200" / "models.json"),
     "models_compiled": lambda: model.summary(RESULTS / "h200" / "models_compiled.json"),
+    "head_dims": lambda: selected.head_dims(RESULTS / "h200" / "selected.json"),
     "times_h100": lambda: summary(RESULTS / "h100" / "attention.json"),
     "models_h100": lambda: model.summary(RESULTS / "h100" / "models.json"),
 }

@@ -342,6 +342,15 @@ def test_summary(tmp_path):
     assert len(lines) == 2 + 6 and {line.count("|") for line in lines} == {10}
 
 
+def test_other_head_dims(tmp_path):
+    """CUDA graphs of our schedules at head dims other than 128."""
+    wide = {"D": 192, "impl": "auto graph"}
+    rows = [row(), row(**wide, ms=3.0), row(**wide, ms=9.0, direction="backward", ok=False), row(D=192, ms=1.0)]
+    save(rows, str(tmp_path / "selected.json"))
+    lines = selected.head_dims(tmp_path / "selected.json").splitlines()
+    assert lines[2:] == ["| 192 / 128 | 4/4 | 65536 | (64, 16) | 3.00 / 9.00 (wrong) |  |  |"]
+
+
 def test_cases_print_their_shape():
     assert str(Case(sequences=2, length=128, v_head_dim=64)) == "T=2x128 16/4 D=128/64 (B,N)=(64,16) bfloat16 random"
 

@@ -348,6 +348,24 @@ def summary(path: str | Path) -> str:
     return "\n".join(lines)
 
 
+def head_dims(path: str | Path) -> str:
+    """Other head dims than 128, in markdown, from a results file: ms of our schedules as CUDA graphs."""
+    rows = [r for r in read_rows(path) if r.who == OURS and (r.D, r.Dv) != (128, 128)]
+    times = {(r.D, r.Dv, r.Hq, r.Hkv, r.T, r.B, r.N, r.impl, r.direction): r for r in rows}
+    impls = ("auto", "kvmajor", "qmajor")
+    heads = " | ".join(f"`{impl}`" for impl in impls)
+    lines = [f"| D / Dv | heads | T | (B, N) | {heads} |", "|--:|--:|--:|---|" + "--:|" * len(impls)]
+    for D, Dv, Hq, Hkv, T, B, N in sorted({key[:7] for key in times}):
+        cells = []
+        for impl in impls:
+            key = (D, Dv, Hq, Hkv, T, B, N, f"{impl} graph")
+            forward, backward = (times.get((*key, direction)) for direction in ("forward", "backward"))
+            ok = all(row is None or row.ok for row in (forward, backward))
+            cells.append(pair(forward and forward.ms, backward and backward.ms, ok))
+        lines.append(f"| {D} / {Dv} | {Hq}/{Hkv} | {T} | ({B}, {N}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def pair(forward: float | None, backward: float | None, ok: bool) -> str:
     """Two times as text, marked where the result is wrong."""
     if forward is None and backward is None:
