@@ -298,7 +298,10 @@ def test_dispatch_choices():
     assert dispatch.resolve("attend_selected", "qmajor", shape()) == "qmajor"
     hopper = {"capability": (9, 0), "slc_block": 64}
     assert dispatch.resolve("attend_selected", "auto", shape(**hopper)) == "kvmajor_sm90"
-    for other in ({"head_dim": 64}, {"slc_block": 32}, {"capability": (8, 0)}, {"capability": None}):
+    for dims in ((64, 64), (192, 128), (256, 256)):
+        other = {"head_dim": dims[0], "v_head_dim": dims[1]}
+        assert dispatch.resolve("attend_selected", "auto", shape(**hopper, **other)) == "kvmajor_sm90"
+    for other in ({"head_dim": 96}, {"slc_block": 32}, {"capability": (8, 0)}, {"capability": None}):
         assert dispatch.resolve("attend_selected", "auto", shape(**{**hopper, **other})) == "kvmajor"
     with pytest.raises(NotImplementedError, match="needs a GPU of compute capability 9.x, got 8.0"):
         dispatch.resolve("attend_selected", "kvmajor_sm90", shape(capability=(8, 0)))
