@@ -1,7 +1,7 @@
 """Heads in pieces, for the kernels in Gluon: tiles are powers of two wide and heads of 192 are not.
 
-A head is a piece of at most 128 columns and what is left, so scores are the sum of one product a piece, and an output
-is made piece by piece.
+A head is a piece of at most 128 columns, in the backward 256, and what is left, so scores are the sum of one product a
+piece, and an output is made piece by piece.
 """
 
 from __future__ import annotations
