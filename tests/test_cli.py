@@ -51,6 +51,8 @@ def test_why_names_the_choice_and_the_reasons():
         (("bench", "selected", "--only", "everything"), "sets are target"),
         (("bench", "selected", "--shard", "2/2"), "shard must be"),
         (("bench", "decode", "--base", "nothing"), "base must be a commit of"),
+        *((("bench", name, "--out", "."), "got the folder .,")
+          for name in ("attention", "selected", "decode", "model")),
         (("bench", "plot", "nothing.json"), "is not a results file"),
         (("bench", "repeat", "nothing.json", "nothing.json"), "is not a results file"),
     ],
