@@ -163,13 +163,19 @@ def check(operation: str, impl: str, case: Case, dtype: torch.dtype, device: str
     return _judge(x, _runner(operation, x, case), impl, dtype)
 
 
-def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], dict[str, Tensor]]:
-    """A function that runs an operation through autograd and returns its outputs and gradients by name."""
+Run = Callable[[Inputs, str, Tensor | None], dict[str, Tensor]]
+
+
+def _runner(operation: str, x: Inputs, case: Case) -> Run:
+    """A function that runs an operation through autograd and returns its outputs and gradients by name.
+
+    Its third argument is `error` of `_with_gradients`.
+    """
     dtype = x.q.dtype
     selection = (hostile_selection if case.hostile else random_selection)(x.plan, case.num_kv_heads)
     options: dict[str, float] = {"scale": x.scale}
 
-    def run(x: Inputs, impl: str) -> dict[str, Tensor]:
+    def run(x: Inputs, impl: str, error: Tensor | None = None) -> dict[str, Tensor]:
         if operation == "combine":
             o_dim = x.v.shape[-1]
             leaves = {name: t.clone().requires_grad_() for name, t in
@@ -188,7 +194,7 @@ def _runner(operation: str, x: Inputs, case: Case) -> Callable[[Inputs, str], di
             extra = (selection,) if operation == "attend_selected" else ()
             o, lse = getattr(branches, operation)(*leaves.values(), *extra, x.plan, impl=impl, **options)
             outputs = {"o": o, "lse": lse}
-        return _with_gradients(outputs, leaves, dtype)
+        return _with_gradients(outputs, leaves, dtype, error)
 
     return run
 
@@ -216,7 +222,7 @@ def _check_compress(x: Inputs, method: str, impl: str, case: Case) -> list[Resul
     heads, dim, dtype = *x.k.shape[1:], x.k.dtype
     params = make_compression(method, heads, dim, dim, case.config, dtype=x.k.dtype, device=str(x.k.device))
 
-    def run(x: Inputs, impl: str) -> dict[str, Tensor]:
+    def run(x: Inputs, impl: str, error: Tensor | None = None) -> dict[str, Tensor]:
         leaves = {"x": x.k.clone().requires_grad_()}
         leaves |= {f"param{i}": p.to(x.k.dtype).clone().requires_grad_() for i, p in enumerate(params)}
         y = branches.compress(leaves["x"], tuple(leaves.values())[1:], x.plan, method=method, impl=impl)
@@ -272,17 +278,24 @@ def _decode_branches(x: CacheInputs, block_idx: Tensor, scale: float) -> tuple[l
 
 
 def _with_gradients(
-    outputs: dict[str, Tensor], leaves: dict[str, Tensor], dtype: torch.dtype
+    outputs: dict[str, Tensor], leaves: dict[str, Tensor], dtype: torch.dtype, error: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Outputs and the gradients of a random linear function of them; -inf (an empty row's lse) carries none.
 
     The function's weights are values of the low precision `dtype` in every run, so that all runs get the same ones.
+
+    Args:
+        error: what an output o of attention is off by, for a run whose gradients shall show what that does to them. A
+            backward that reads o, as the kernels' does, has delta = rowsum(o * do) off by rowsum(error * do), which
+            autograd has not. An error of delta is minus one of the gradient of lse, so that is where it goes.
     """
     generator = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(y.shape, generator=generator).to(dtype).to(y) for name, y in outputs.items()}
+    if error is not None and "lse" in outputs:
+        weights["lse"] = weights["lse"] - (error * weights["o"].double()).sum(-1).to(weights["lse"])
     loss = torch.zeros((), dtype=torch.float64, device=outputs[next(iter(outputs))].device)
-    for y in outputs.values():
-        weight = torch.randn(y.shape, generator=generator).to(dtype).to(y)
-        loss = loss + (torch.where(y.isfinite(), y, 0) * weight).double().sum()
+    for name, y in outputs.items():
+        loss = loss + (torch.where(y.isfinite(), y, 0) * weights[name]).double().sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     results = {name: y.detach() for name, y in outputs.items()}
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
@@ -290,8 +303,11 @@ def _with_gradients(
     return results
 
 
-def _judge(x: Inputs, run: Callable[[Inputs, str], dict[str, Tensor]], impl: str, dtype: torch.dtype) -> list[Result]:
-    golden, low, got = run(x.to(torch.float64), "reference"), run(x, "reference"), run(x, impl)
+def _judge(x: Inputs, run: Run, impl: str, dtype: torch.dtype) -> list[Result]:
+    """Verdicts on all results of `impl`. The gradients' low run has the error of the output, which is judged itself."""
+    golden, got = run(x.to(torch.float64), "reference", None), run(x, impl, None)
+    error = got["o"].double() - golden["o"] if "o" in golden and got["o"].shape == golden["o"].shape else None
+    low = run(x, "reference", error)
     return [(name, compare(got[name], golden[name], low[name], dtype=dtype)) for name in golden]
 
 

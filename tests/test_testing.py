@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nsattn.testing import assert_close, compare, compare_selections, make_inputs, random_selection
+from nsattn.verify import Case, _runner
 
 LOW = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -106,3 +107,24 @@ def test_random_selection_is_seeded_and_random():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(first[2999].unique()) > 16
+
+
+def test_gradients_may_have_the_error_of_the_output():
+    """A backward that reads its rounded output passes for two keys, whose gradients nothing averages out. One that is
+    off by twice as much more, without an output to show for it, mostly does not."""
+    case = Case("two tokens", lengths=(2,), num_kv_heads=1, group=1, head_dim=64)
+    failed = dict.fromkeys(("autograd's low run", "with the error", "twice as much more"), 0)
+    for seed in range(40):
+        x = make_inputs(case.lengths, num_kv_heads=1, group=1, head_dim=64, dtype=torch.bfloat16, seed=seed)
+        run = _runner("attend_selected", x, case)
+        golden = run(x.to(torch.float64), "reference", None)
+        error = golden["o"].bfloat16() - golden["o"]
+        plain, low = run(x, "reference", None), run(x, "reference", error)
+        for name, times, judge in (("autograd's low run", 1, plain), ("with the error", 1, low),
+                                   ("twice as much more", 3, low)):  # fmt: skip
+            got = run(x.to(torch.float64), "reference", times * error)
+            verdicts = [compare(got[n].to(judge[n].dtype), golden[n], judge[n], dtype=torch.bfloat16) for n in golden]
+            failed[name] += not all(verdict.ok for verdict in verdicts)
+    assert failed["autograd's low run"] > 4
+    assert failed["with the error"] == 0
+    assert failed["twice as much more"] > 10
