@@ -54,7 +54,8 @@ class Cost:
 
     fixed: host and launches, in ms. The others are nanoseconds at D = Dv = 128: for each (token, slot) pair, for each
     of its G rows (a partial result written and read), for each 64 keys of a pair (K and V read) and of a row
-    (arithmetic). docs/log.md, 2026-11-23, and benchmarks/results/h200 hold the times they were fitted to.
+    (arithmetic). Where D or Dv is above 128, `wide` times as many. docs/log.md, 2026-11-23 and 28, and
+    benchmarks/results/h200 hold the times they were fitted to.
     """
 
     fixed: float
@@ -62,14 +63,16 @@ class Cost:
     row: float
     block: float
     block_row: float
+    wide: float = 1.0
 
     def milliseconds(self, shape: Shape) -> float:
         """For sizes that are not known: 65536 tokens, 4 KV heads, N=16, B=64, D=128, a group of 1."""
         G, B, N = shape.group or 1, shape.slc_block or 64, shape.num_selected or 16
         D = shape.head_dim or 128
+        Dv = shape.v_head_dim or D
         pairs = (4 * 65536 if shape.rows is None else shape.rows) * N
         each = self.pair + G * self.row + B / 64 * (self.block + G * self.block_row)
-        return self.fixed + pairs * (D + (shape.v_head_dim or D)) / 256 * 1e-6 * each
+        return self.fixed + pairs * (D + Dv) / 256 * 1e-6 * each * (self.wide if max(D, Dv) > 128 else 1)
 
 
 @dataclass(frozen=True)
@@ -128,17 +131,17 @@ TABLE: dict[str, dict[str, Cell]] = {
             head_dims=(64, 128, 192, 256),
             slc_blocks=(64, 128),
             generation=9,
-            costs=(Cost(0.1, 0.06, 0.129, 0, 0.05), Cost(0.15, 0.1, 0.05, 0, 0.2125)),
+            costs=(Cost(0.1, 0.06, 0.129, 0, 0.05, wide=0.85), Cost(0.15, 0.1, 0.05, 0, 0.2125, wide=1.25)),
         ),
         "kvmajor": Cell(
             "attend_selected_kvmajor",
             "outer loop over KV blocks, inner loop over the tokens that chose them (Flash Sparse Attention)",
-            costs=(Cost(0.1, 0.06, 0.119, 0, 0.098), Cost(0.15, 0.14, 0.07, 0, 0.31)),
+            costs=(Cost(0.1, 0.06, 0.119, 0, 0.098, wide=1.65), Cost(0.15, 0.14, 0.07, 0, 0.31, wide=2.5)),
         ),
         "qmajor": Cell(
             "attend_selected_qmajor",
             "one program per token and KV head (the order of the NSA paper)",
-            costs=(Cost(0.03, 0, 0, 3.99, 0.011), Cost(0.1, 0, 0, 4.05, 0.246)),
+            costs=(Cost(0.03, 0, 0, 3.99, 0.011, wide=1.4), Cost(0.1, 0, 0, 4.05, 0.246, wide=1.8)),
         ),
         "reference": _REFERENCE,
     },

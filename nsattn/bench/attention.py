@@ -56,6 +56,7 @@ SHAPES = (
 )
 DENSE_TOKENS = 131072  # beyond, dense attention would take most of the time
 PEER_TOKENS = 131072
+AS_GRAPHS = ("nsa_attention", "attend_selected")  # timed as CUDA graphs too
 SHARED = ("attend_compressed", "select_blocks", "attend_window")  # what every schedule of the selected branch shares
 PAPER_SHAPES = tuple(sorted({(case.length, case.num_heads, case.num_kv_heads) for case in PAPER} - set(SHAPES)))
 
@@ -381,7 +382,7 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
         calls.append(
             (work.impl, "backward", lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True)),
         )
-        if device == "cuda" and work.op == "nsa_attention" and T <= GRAPH_TOKENS:
+        if device == "cuda" and work.who == OURS and work.op in AS_GRAPHS and T <= GRAPH_TOKENS:
             replays = captured(work.call, work.leaves, dy)
             calls += [(f"{work.impl} graph", *call) for call in zip(right, replays, strict=True)]
     peaks: dict[str, float] = {}
@@ -427,8 +428,8 @@ def summary(path: str | Path) -> str:
         ("nsa_attention", "auto"),
         ("nsa_attention", "auto graph"),
         ("dense causal", "cudnn"),
-        ("attend_selected", "kvmajor_sm90", "kvmajor"),  # the first that was timed
-        ("attend_selected", "qmajor"),
+        ("attend_selected", "kvmajor_sm90 graph", "kvmajor_sm90", "kvmajor"),  # the first that was timed
+        ("attend_selected", "qmajor graph", "qmajor"),
     )
     heads = ("whole NSA", "as a CUDA graph", "dense (cuDNN)", "selected, KV-major", "selected, query-major")
     lines = [f"| heads | T | {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|"]

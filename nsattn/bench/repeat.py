@@ -1,8 +1,9 @@
 """`nsattn bench repeat`: do two runs agree? Their ratios are compared, since machines are shared and times drift.
 
 A ratio is the time of a contender, or of our kernels in the order of the NSA paper (`qmajor`), over that of ours for
-the same shape and direction, both right. Contenders of the whole attention are compared with the whole of ours, as a
-CUDA graph at short lengths, where a call takes as long as the host needs.
+the same shape and direction, both right. Contenders of the whole attention are compared with the whole of ours. A short
+call takes as long as its host needs: where there is a CUDA graph, its time counts, and where there is none of ours,
+only calls of `HOST_ROWS` rows and more do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsattn.bench.timing import KEY, OURS, read_rows
+from nsattn.bench.timing import HOST_ROWS, KEY, OURS, read_rows
 
 SHAPE = tuple(name for name in KEY if name not in ("who", "op", "impl"))
 MODEL = ("model", "layers", "T", "B", "N", "phase")
@@ -37,11 +38,15 @@ class Ratio(NamedTuple):
 def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """All ratios of a results file: what is compared, and the contender's time over ours."""
     right = [row for row in rows if row.get("ok", True)]
+    right.sort(key=_graph, reverse=True)
+    graphs = {_name(row).replace(GRAPH, "") for row in right if _graph(row)}
     found = {}
     for row in right:
-        ours = [x["ms"] for x in sorted(right, key=_graph, reverse=True) if _compared(row, x)]
-        if ours:
-            found[_name(row)] = row["ms"] / ours[0]
+        if not _graph(row) and _name(row) in graphs:
+            continue
+        ours = next((x for x in right if _compared(row, x)), None)
+        if ours and ("phase" in ours or _graph(ours) or ours["T"] * ours["Hq"] >= HOST_ROWS):
+            found[_name(row)] = row["ms"] / ours["ms"]
     return found
 
 
@@ -57,8 +62,6 @@ def _compared(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
     if ours["who"] != OURS or not (row["who"] != OURS or row["impl"].startswith("qmajor")):
         return False
     ops = STANDS_FOR.get(row["op"], (row["op"],))
-    if _graph(row) != _graph(ours) and ops != STANDS_FOR["dense causal"]:
-        return False
     impl = ours["impl"].removesuffix(GRAPH)
     return ours["op"] in ops and impl in ("auto", "triton", "kvmajor_sm90") and all(row[x] == ours[x] for x in SHAPE)
 

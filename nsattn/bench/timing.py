@@ -23,6 +23,7 @@ PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
 LEAST_CALLS, MOST_CALLS = 3, 200  # three, so that a stall of the host is not the median
 GRAPH_TOKENS = 65536  # up to here the launches of a slow host may take longer than the kernels: CUDA graphs too
+HOST_ROWS = 1 << 20  # (token, head) rows from which kernels take longer than a slow host needs to launch them
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
 
@@ -105,9 +106,13 @@ def _sample(call: Callable[[], object]) -> list[float]:
     tries = [timed() for _ in range(2)]
     torch.cuda.synchronize()
     estimate = max(min(start.elapsed_time(end) for start, end in tries), 1e-3)
-    for _ in range(min(MOST_CALLS, round(WARM_MS / estimate))):
-        timed()
-    events = [timed() for _ in range(min(MOST_CALLS, max(LEAST_CALLS, round(MEASURE_MS / estimate))))]
+    count = min(MOST_CALLS, max(LEAST_CALLS, round(MEASURE_MS / estimate)))
+    if estimate > MEASURE_MS:  # too long for a warm-up or a late launch to matter: the tries are measurements too
+        events = tries + [timed() for _ in range(count - len(tries))]
+    else:
+        for _ in range(min(MOST_CALLS, round(WARM_MS / estimate))):
+            timed()
+        events = [timed() for _ in range(count)]
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
 
