@@ -52,7 +52,7 @@ HEADS = ((4, 4), (16, 4), (32, 8), (40, 8), (64, 4))  # query heads, KV heads
 SHAPES = (
     *((T, *pair) for pair in HEADS for T in LENGTHS),
     *((T, 32, 8) for T in (4096, 16384, 131072, 262144)),
-    (16384, 64, 4),
+    (16384, 64, 4), (65536, 28, 4),
 )
 DENSE_TOKENS = 131072  # beyond, dense attention would take most of the time
 PEER_TOKENS = 131072
