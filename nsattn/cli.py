@@ -239,9 +239,13 @@ def bench_model(
 
 
 @bench.command("all")
+@_bad_parameters()
 def bench_all(
     out: Annotated[Path, typer.Option(help="folder for results, pictures and report.html")],
     peers: Annotated[Path, typer.Option(help="folder with the checkouts of other projects")] = Path("peers"),
+    only: Annotated[
+        str, typer.Option(help="selected, attention, decode, model, compiled, comma separated; default: all")
+    ] = "",
     limit: Annotated[float | None, typer.Option(min=0, help="begin no case after so many seconds")] = None,
     again: Annotated[bool, typer.Option("--again", help="also time what has rows of this commit")] = False,
     shared: Annotated[Path | None, typer.Option(hidden=True, help="see nsattn/bench/session.py")] = None,
@@ -252,7 +256,7 @@ def bench_all(
     from nsattn.bench.whole import benches, run
 
     session = Session(again=again, limit=limit, shared=shared)
-    (benches if shared else run)(out, peers=peers, session=session, echo=_say)
+    (benches if shared else run)(out, peers=peers, session=session, echo=_say, only=only)
     for line in session.left:
         typer.echo(f"left: {line}")
     raise typer.Exit(1 if session.left else 0)

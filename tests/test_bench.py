@@ -572,6 +572,11 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     assert {"report.html", "selected_groups_16x3.png", "models_16x4.png"} <= made
     assert sit() == [] and files == {name: (tmp_path / "cpu" / name).read_bytes() for name in files}  # all there
     assert sit(limit=0, again=True) == parts
+    some = Session(limit=0, again=True)
+    whole.run(tmp_path / "cpu", peers=tmp_path, session=some, echo=said.append, only="compiled, decode")
+    assert [line.split(":")[0] for line in some.left] == ["decode", "model, compiled"]
+    bad = CliRunner().invoke(app, ["bench", "all", "--out", str(tmp_path), "--only", "decode,models"])
+    assert bad.exit_code == 2 and "got models" in bad.output
     monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
     assert sit() == ["attention"]  # the others go on
 
@@ -593,6 +598,10 @@ def test_processes_on_several_gpus_share_the_cases(tmp_path, monkeypatch, capfd)
     }
     assert len(read_rows(tmp_path / "attention.json")) > 0 and (tmp_path / "report.html").exists()
     assert not list(tmp_path.glob("*.new"))
+
+    session = Session(again=True)
+    whole.run(tmp_path, peers=tmp_path, session=session, echo=said.append, only="decode")
+    assert session.left == [] and "[tiny]" not in capfd.readouterr().out
 
     session = Session(again=True, limit=0.05)  # each begins one case at most; rows of before count for nothing
     whole.run(tmp_path, peers=tmp_path, session=session, echo=said.append)

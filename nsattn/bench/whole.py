@@ -21,33 +21,54 @@ from nsattn.bench.session import Session
 from nsattn.bench.timing import Echo
 
 SHOWN = ROOT / "benchmarks" / "results" / "h200"  # the results that README and site show
+COMPILED = "model, compiled"
+BENCHES = ("selected", "attention", "decode", "model", COMPILED)
 
 
-def run(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
-    """Run all benches on all GPUs, then draw what their files hold; what is not done is named in `session.left`."""
+def run(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "") -> None:
+    """Run the benches on all GPUs, then draw what their files hold; what is not done is named in `session.left`.
+
+    Args:
+        only: those of `BENCHES` to run, comma separated, `compiled` for the last one; default: all.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    chosen(only)
     with TemporaryDirectory() as shared:
         if len(gpus()) > 1 and time.monotonic() < session.end:
             session.shared = Path(shared)
-            _on_all(gpus(), out, peers, session, session.shared, echo)
-        benches(out, peers=peers, session=session, echo=echo)
+            _on_all(gpus(), out, peers, session, session.shared, echo, only)
+        benches(out, peers=peers, session=session, echo=echo, only=only)
     steps = {"pictures": lambda: _draw(out, echo), "report": lambda: _report(out, echo)}
     if out.resolve() == SHOWN:
         steps["README and site"] = lambda: _show(out, echo)
     _take_steps(steps, session)
 
 
-def benches(out: Path, *, peers: Path, session: Session, echo: Echo) -> None:
-    """Run all benches, one after the other, in this process."""
+def chosen(only: str) -> list[str]:
+    """The benches that `only` of `run` names.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    short = {name.split(", ")[-1]: name for name in BENCHES}
+    wanted = [name.strip() for name in only.split(",")] if only else list(short)
+    if unknown := [name for name in wanted if name not in short]:
+        raise ValueError(f"benches are {', '.join(short)}, got {', '.join(unknown)}. Name some of them.")
+    return [name for key, name in short.items() if key in wanted]
+
+
+def benches(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "") -> None:
+    """Run the benches, one after the other, in this process."""
     steps: dict[str, Callable[[], object]] = {
         "selected": lambda: selected.run(out=f"{out}/selected.json", folder=peers, session=session, echo=echo),
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
         "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
-        "model, compiled": lambda: model.run(
-            out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo
-        ),
+        COMPILED: lambda: model.run(out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo),
     }
-    _take_steps(steps, session)
+    _take_steps({name: steps[name] for name in chosen(only)}, session)
 
 
 def _take_steps(steps: Mapping[str, Callable[[], object]], session: Session) -> None:
@@ -58,10 +79,14 @@ def _take_steps(steps: Mapping[str, Callable[[], object]], session: Session) -> 
             session.left.append(f"{name}: {type(error).__name__}: {error}")
 
 
-def _on_all(devices: list[str], out: Path, peers: Path, session: Session, shared: Path, echo: Echo) -> None:
+def _on_all(
+    devices: list[str], out: Path, peers: Path, session: Session, shared: Path, echo: Echo, only: str
+) -> None:
     """The benches in a process on each GPU, until no case is left or the time is up."""
-    selected.compile_ahead(choose(""), out=f"{out}/selected.json", folder=peers, session=session, echo=echo)
+    if "selected" in chosen(only):
+        selected.compile_ahead(choose(""), out=f"{out}/selected.json", folder=peers, session=session, echo=echo)
     options = ["all", "--out", f"{out}", "--peers", f"{peers}", "--shared", f"{shared}", *["--again"] * session.again]
+    options += ["--only", only] if only else []
     if not math.isinf(session.end):
         options += ["--limit", f"{max(0.0, session.end - time.monotonic())}"]
     started = [subprocess.Popen(**bench(ROOT, *options, gpu=device)) for device in devices]
