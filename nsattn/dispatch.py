@@ -115,7 +115,7 @@ TABLE: dict[str, dict[str, Cell]] = {
             "select_blocks_triton_sm90",
             "`triton` with a score kernel for Hopper GPUs",
             head_dims=(128,),
-            max_group=5,  # more heads than fit in half of the shared memory take turns, which has not run on a GPU yet
+            max_group=5,  # the queries of more heads do not fit in half of the shared memory of a multiprocessor
             max_blocks=MAX_BLOCKS,
             max_overlap=2,  # a key counts for at most one block more than its own
             max_keys_per_block=32,  # a quarter of a tile: a thread owns whole blocks
