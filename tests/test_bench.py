@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import nsattn
-from nsattn.bench import base, peers, repeat, selected, selected_summary, warm
+from nsattn.bench import base, peers, repeat, selected, selected_summary, timing, warm
 from nsattn.bench.cases import (
     ALONE,
     BASE,
@@ -530,6 +530,32 @@ def test_a_session_skips_what_this_commit_timed_and_stops_when_time_is_up():
     assert stopped.left == ["x: 1 of 3 cases, the next is Hq=12 Hkv=4", "y: 3 of 3 cases, the next is Hq=4 Hkv=4"]
 
 
+@pytest.mark.parametrize(("ms", "calls", "samples"), [(1.0, 28, 20), (50.0, 4, 3)])
+def test_long_calls_are_not_made_for_nothing(monkeypatch, ms, calls, samples):
+    """Of a short call 3 tell how long it takes, 5 warm up, 20 count; of a long one all count but the first."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call():
+        clock[0] += ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(1))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    assert timing._sample(call) == [pytest.approx(ms)] * samples
+    assert clock[0] == pytest.approx(calls * ms)
+
+
 def test_the_bar_shows_on_a_terminal_only():
     pty = pytest.importorskip("pty")
     code = """
@@ -557,7 +583,7 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     from nsattn.bench import whole
 
     monkeypatch.setattr(selected, "TINY", selected.TINY[:2])
-    said, parts = [], ["selected", "attention", "decode", "model", "model, compiled"]
+    said, parts = [], ["selected", "attention", "decode", "model", "compiled"]
 
     def sit(**options):
         session = Session(**options)
@@ -574,9 +600,9 @@ def test_everything_in_as_many_sittings_as_it_takes(tmp_path, monkeypatch):
     assert sit(limit=0, again=True) == parts
     some = Session(limit=0, again=True)
     whole.run(tmp_path / "cpu", peers=tmp_path, session=some, echo=said.append, only="compiled, decode")
-    assert [line.split(":")[0] for line in some.left] == ["decode", "model, compiled"]
+    assert [line.split(":")[0] for line in some.left] == ["compiled", "decode"]
     bad = CliRunner().invoke(app, ["bench", "all", "--out", str(tmp_path), "--only", "decode,models"])
-    assert bad.exit_code == 2 and "benches are selected" in bad.output
+    assert bad.exit_code == 2 and "parts are selected" in bad.output
     monkeypatch.setattr(whole.attention, "run", lambda **options: 1 / 0)
     assert sit() == ["attention"]  # the others go on
 
@@ -606,7 +632,7 @@ def test_processes_on_several_gpus_share_the_cases(tmp_path, monkeypatch, capfd)
     session = Session(again=True, limit=0.05)  # each begins one case at most; rows of before count for nothing
     whole.run(tmp_path, peers=tmp_path, session=session, echo=said.append)
     output = capfd.readouterr().out
-    parts = ["selected", "attention", "decode", "model", "model, compiled"]
+    parts = ["selected", "attention", "decode", "model", "compiled"]
     assert [line.split(":")[0] for line in session.left] == ["GPU ", "GPU ", *parts]
     left = len(selected.TINY) - sum(f"[tiny] {case}: " in output for case in selected.TINY)
     assert session.left[2].startswith(f"selected: {left} of {len(selected.TINY)} cases, ")

@@ -113,7 +113,7 @@ def test_bench_all_says_what_is_left(tmp_path):
     result = run("bench", "all", "--out", str(tmp_path), "--limit", "0")
     assert result.exit_code == 1
     assert [line.split(":")[1] for line in result.output.splitlines() if line.startswith("left")] == [
-        " selected", " attention", " decode", " model", " model, compiled", " pictures", " report"
+        " selected", " attention", " decode", " model", " compiled", " pictures", " report"
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import nsattn
+from nsattn.bench.session import named
 from nsattn.bench.timing import PEAK_BYTES, PEAK_FLOPS
 from nsattn.plan import Plan, positions
 from nsattn.testing import hostile_selection, random_selection
@@ -234,10 +235,7 @@ def choose(names: str) -> list[tuple[str, Case]]:
     Raises:
         ValueError: an unknown name.
     """
-    wanted = [name.strip() for name in names.split(",")] if names else list(SETS)
-    unknown = [name for name in wanted if name not in SETS]
-    if unknown:
-        raise ValueError(f"sets are {', '.join(SETS)}, got {', '.join(unknown)}. Name some of them.")
+    wanted = named("sets", names, list(SETS))
     chosen = list(chain.from_iterable([(name, case) for case in SETS[name]] for name in wanted))
     others = {replace(case, slack=None) for name, case in chosen if name != "paper"}  # peers count: they must be there
     return [(name, case) for name, case in chosen if name != "paper" or case not in others]

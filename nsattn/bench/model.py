@@ -37,7 +37,7 @@ import nsattn
 import nsattn.api
 from nsattn.bench.attention import Tail
 from nsattn.bench.peers import Missing, fsa, fsa_branches, nsa_ref
-from nsattn.bench.session import Session
+from nsattn.bench.session import Session, named
 from nsattn.bench.timing import Echo, interleave, locked, one_machine, peak_beyond, save
 from nsattn.environment import commit
 from nsattn.plan import Plan, make_plan
@@ -110,9 +110,7 @@ def run(
     Raises:
         ValueError: an unknown model; a file whose models are compiled and these are not, or the other way round.
     """
-    wanted = [name.strip() for name in models.split(",")] if models else list(MODELS)
-    if unknown := [name for name in wanted if name not in MODELS]:
-        raise ValueError(f"models are {', '.join(MODELS)}, got {', '.join(unknown)}. Name some of them.")
+    wanted = named("models", models, list(MODELS))
     device, shapes, sizes = "cuda", {name: MODELS[name] for name in wanted}, SIZES
     if not torch.cuda.is_available():
         echo("No GPU: timing the reference at one tiny size. These numbers say nothing about the kernels.")
@@ -122,7 +120,7 @@ def run(
     if any(r.compiled != compiled for r in rows):
         raise ValueError(f"{out} holds models that are {'not ' if compiled else ''}compiled. Name another file.")
     cases = [(name, T, *pair) for name in shapes for T in lengths for pair in sizes]
-    for case in (session or Session()).each("model, compiled" if compiled else "model", cases, rows, _fields):
+    for case in (session or Session()).each("compiled" if compiled else "model", cases, rows, _fields):
         name, T, B, N = case
         for num in range(layers, 0, -1):
             try:

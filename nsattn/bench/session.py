@@ -25,6 +25,18 @@ class Timed(Protocol):
     commit: str
 
 
+def named(what: str, names: str, known: Sequence[str]) -> list[str]:
+    """Those of `known` that comma-separated names ask for, in the order of the names; all for an empty text.
+
+    Raises:
+        ValueError: an unknown name; `what` says of what.
+    """
+    wanted = [name.strip() for name in names.split(",")] if names else list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"{what} are {', '.join(known)}, got {', '.join(unknown)}. Name some of them.")
+    return wanted
+
+
 class Session:
     """Goes through the cases of benches, alone or beside processes on other GPUs.
 

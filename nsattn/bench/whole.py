@@ -17,24 +17,23 @@ from tempfile import TemporaryDirectory
 from nsattn.bench import attention, decode, model, selected
 from nsattn.bench.base import ROOT, bench, gpus
 from nsattn.bench.cases import choose
-from nsattn.bench.session import Session
+from nsattn.bench.session import Session, named
 from nsattn.bench.timing import Echo
 
 SHOWN = ROOT / "benchmarks" / "results" / "h200"  # the results that README and site show
-COMPILED = "model, compiled"
-BENCHES = ("selected", "attention", "decode", "model", COMPILED)
+PARTS = ("selected", "attention", "decode", "model", "compiled")
 
 
 def run(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "") -> None:
     """Run the benches on all GPUs, then draw what their files hold; what is not done is named in `session.left`.
 
     Args:
-        only: those of `BENCHES` to run, comma separated, `compiled` for the last one; default: all.
+        only: those of `PARTS` to run, comma separated; default: all.
 
     Raises:
         ValueError: an unknown one.
     """
-    chosen(only)
+    named("parts", only, PARTS)
     with TemporaryDirectory() as shared:
         if len(gpus()) > 1 and time.monotonic() < session.end:
             session.shared = Path(shared)
@@ -46,19 +45,6 @@ def run(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "")
     _take_steps(steps, session)
 
 
-def chosen(only: str) -> list[str]:
-    """The benches that `only` of `run` names.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    short = {name.split(", ")[-1]: name for name in BENCHES}
-    wanted = [name.strip() for name in only.split(",")] if only else list(short)
-    if unknown := [name for name in wanted if name not in short]:
-        raise ValueError(f"benches are {', '.join(short)}, got {', '.join(unknown)}. Name some of them.")
-    return [name for key, name in short.items() if key in wanted]
-
-
 def benches(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "") -> None:
     """Run the benches, one after the other, in this process."""
     steps: dict[str, Callable[[], object]] = {
@@ -66,9 +52,9 @@ def benches(out: Path, *, peers: Path, session: Session, echo: Echo, only: str =
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
         "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
-        COMPILED: lambda: model.run(out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo),
+        "compiled": lambda: model.run(out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo),
     }
-    _take_steps({name: steps[name] for name in chosen(only)}, session)
+    _take_steps({name: steps[name] for name in named("parts", only, PARTS)}, session)
 
 
 def _take_steps(steps: Mapping[str, Callable[[], object]], session: Session) -> None:
@@ -83,7 +69,7 @@ def _on_all(
     devices: list[str], out: Path, peers: Path, session: Session, shared: Path, echo: Echo, only: str
 ) -> None:
     """The benches in a process on each GPU, until no case is left or the time is up."""
-    if "selected" in chosen(only):
+    if "selected" in named("parts", only, PARTS):
         selected.compile_ahead(choose(""), out=f"{out}/selected.json", folder=peers, session=session, echo=echo)
     options = ["all", "--out", f"{out}", "--peers", f"{peers}", "--shared", f"{shared}", *["--again"] * session.again]
     options += ["--only", only] if only else []
