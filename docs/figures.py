@@ -147,6 +147,7 @@ def draw_times() -> Any:
 
 
 def measured() -> dict[tuple[str, str, int], float]:
+    """Milliseconds by (operation, direction, T) for the heads that the picture shows."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "h200" / "attention.json").read_text())["rows"]
     found = [row for row in rows if f"{row['Hq']}/{row['Hkv']}" == HEADS and (row["op"], row["impl"]) in WHOLE]
     found.sort(key=lambda row: WHOLE.index((row["op"], row["impl"])))
