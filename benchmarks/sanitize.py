@@ -65,7 +65,7 @@ CASES = (
     *(Case("attend_selected", impl, g) for impl, g in itertools.product(("kvmajor", "qmajor"), (1, 5))),
     *(Case(operation, impl, g) for operation in ("attend_compressed", "attend_window")
       for impl, g in itertools.product(("triton_sm90", "triton"), (4, 5))),
-    *(Case("select_blocks", impl) for impl in ("triton_sm90", "triton")),
+    *(Case("select_blocks", impl, g) for impl, g in (("triton_sm90", 4), ("triton_sm90", 7), ("triton", 4))),
     *(Case(operation, "triton") for operation in ("compress", "combine", "nsa_decode")),
 )  # fmt: skip
 CONTROLS = (Case("control", "warp_specialize"), Case("control", "warp_specialize after a copy"))

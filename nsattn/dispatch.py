@@ -84,7 +84,6 @@ class Cell:
     is_kernel: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     head_dims: tuple[int, ...] = HEAD_DIMS
-    max_group: int = MAX_GROUP
     max_blocks: int | None = None
     slc_blocks: tuple[int, ...] = SLC_BLOCKS
     max_overlap: int | None = None  # l / d
@@ -115,7 +114,6 @@ TABLE: dict[str, dict[str, Cell]] = {
             "select_blocks_triton_sm90",
             "`triton` with a score kernel for Hopper GPUs",
             head_dims=(128,),
-            max_group=5,  # the queries of more heads do not fit in half of the shared memory of a multiprocessor
             max_blocks=MAX_BLOCKS,
             max_overlap=2,  # a key counts for at most one block more than its own
             max_keys_per_block=32,  # a quarter of a tile: a thread owns whole blocks
@@ -220,8 +218,8 @@ def unmet(cell: Cell, shape: Shape) -> tuple[list[str], list[str]]:
     for name, value in (("head dim D", shape.head_dim), ("value head dim Dv", shape.v_head_dim)):
         if value is not None and value not in dims:
             limits.append(f"{name} must be one of {', '.join(map(str, dims))}, got {value}")
-    if shape.group is not None and shape.group > cell.max_group:
-        limits.append(f"query heads per KV head must be at most {cell.max_group}, got {shape.group}")
+    if shape.group is not None and shape.group > MAX_GROUP:
+        limits.append(f"query heads per KV head must be at most {MAX_GROUP}, got {shape.group}")
     if shape.slc_block is not None and shape.slc_block not in cell.slc_blocks:
         limits.append(f"selection block B must be one of {', '.join(map(str, cell.slc_blocks))}, got {shape.slc_block}")
     for name, most, value in (("l / d", cell.max_overlap, shape.overlap),
@@ -307,7 +305,7 @@ def support_table() -> str:
             dims, group, dtypes = "any", "any", "any float"
             if cell.is_kernel:
                 dims = ", ".join(map(str, cell.head_dims))
-                group = f"1 to {cell.max_group}"
+                group = f"1 to {MAX_GROUP}"
                 dtypes = ", ".join(str(d).removeprefix("torch.") for d in cell.dtypes)
             if operation == "combine":
                 dims = "any"

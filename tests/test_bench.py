@@ -530,9 +530,13 @@ def test_a_session_skips_what_this_commit_timed_and_stops_when_time_is_up():
     assert stopped.left == ["x: 1 of 3 cases, the next is Hq=12 Hkv=4", "y: 3 of 3 cases, the next is Hq=4 Hkv=4"]
 
 
-@pytest.mark.parametrize(("ms", "calls", "samples"), [(1.0, 28, 20), (50.0, 4, 3)])
-def test_long_calls_are_not_made_for_nothing(monkeypatch, ms, calls, samples):
-    """Of a short call 3 tell how long it takes, 5 warm up, 20 count; of a long one all count but the first."""
+@pytest.mark.parametrize(
+    ("ms", "rounds", "calls", "samples"), [(1.0, 1, 28, 20), (1.0, 2, 56, 40), (50.0, 1, 4, 3), (50.0, 2, 6, 4)]
+)
+def test_long_calls_are_not_made_for_nothing(monkeypatch, ms, rounds, calls, samples):
+    """Of a short call 3 tell how long it takes, 5 warm up, 20 count, in each round; of a long one all count but the
+    first, three in all at the least."""
+    seen = []
     clock = [0.0]
 
     class Event:
@@ -552,7 +556,9 @@ def test_long_calls_are_not_made_for_nothing(monkeypatch, ms, calls, samples):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(1))
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
-    assert timing._sample(call) == [pytest.approx(ms)] * samples
+    monkeypatch.setattr(timing, "percentiles", lambda times: seen.extend(times))
+    interleave([call], "cuda", rounds)
+    assert seen == [pytest.approx(ms)] * samples
     assert clock[0] == pytest.approx(calls * ms)
 
 

@@ -21,7 +21,8 @@ PEAK_FLOPS = 780e12  # bf16 matrix product on random data, measured on an H200
 PEAK_BYTES = 4.25e12  # device copy, read and write counted, measured on an H200
 PAUSE = 0.15  # seconds before each measurement
 WARM_MS, MEASURE_MS = 5, 20  # as triton's do_bench(warmup=5, rep=20)
-LEAST_CALLS, MOST_CALLS = 3, 200  # three, so that a stall of the host is not the median
+LEAST_CALLS = 3  # in all rounds together, so that a stall of the host is not the median
+MOST_CALLS = 200  # in a round
 GRAPH_TOKENS = 65536  # up to here the launches of a slow host may take longer than the kernels: CUDA graphs too
 HOST_ROWS = 1 << 20  # (token, head) rows from which kernels take longer than a slow host needs to launch them
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
@@ -74,9 +75,10 @@ def floor_ms(flops: float, moved: float) -> float:
 def interleave(calls: Sequence[Callable[[], object]], device: str, rounds: int = 2) -> list[tuple[float, float, float]]:
     """(median, 20th, 80th percentile) in ms of each call. Every round measures all of them in turn."""
     times: list[list[float]] = [[] for _ in calls]
+    least = -(-LEAST_CALLS // max(rounds, 1))
     for _ in range(rounds):
         for call, seen in zip(calls, times, strict=True):
-            seen += _sample(call) if device == "cuda" else _sample_cpu(call)
+            seen += _sample(call, least) if device == "cuda" else _sample_cpu(call)
     return [percentiles(seen) for seen in times]
 
 
@@ -88,8 +90,8 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(times), cuts[1], cuts[7]
 
 
-def _sample(call: Callable[[], object]) -> list[float]:
-    """Times of some calls in ms, by device events, each on a cold L2, after a pause and a warm-up."""
+def _sample(call: Callable[[], object], least: int) -> list[float]:
+    """Times of some calls in ms, `least` and more, by device events, each on a cold L2, after a pause and a warm-up."""
     cache = torch.empty(CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -106,7 +108,7 @@ def _sample(call: Callable[[], object]) -> list[float]:
     tries = [timed() for _ in range(2)]
     torch.cuda.synchronize()
     estimate = max(min(start.elapsed_time(end) for start, end in tries), 1e-3)
-    count = min(MOST_CALLS, max(LEAST_CALLS, round(MEASURE_MS / estimate)))
+    count = min(MOST_CALLS, max(least, round(MEASURE_MS / estimate)))
     if estimate > MEASURE_MS:  # too long for a warm-up or a late launch to matter: the tries are measurements too
         events = tries + [timed() for _ in range(count - len(tries))]
     else:

@@ -22,6 +22,7 @@ from nsattn.bench.timing import Echo
 
 SHOWN = ROOT / "benchmarks" / "results" / "h200"  # the results that README and site show
 PARTS = ("selected", "attention", "decode", "model", "compiled")
+COMPILED = (65536,)  # torch.compile takes most of the time of a shape
 
 
 def run(out: Path, *, peers: Path, session: Session, echo: Echo, only: str = "") -> None:
@@ -52,7 +53,9 @@ def benches(out: Path, *, peers: Path, session: Session, echo: Echo, only: str =
         "attention": lambda: attention.run(out=f"{out}/attention.json", peers=peers, session=session, echo=echo),
         "decode": lambda: decode.run(out=f"{out}/decode.json", session=session, echo=echo),
         "model": lambda: model.run(out=f"{out}/models.json", peers=peers, session=session, echo=echo),
-        "compiled": lambda: model.run(out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo),
+        "compiled": lambda: model.run(
+            lengths=COMPILED, out=f"{out}/models_compiled.json", compiled=True, session=session, echo=echo
+        ),
     }
     _take_steps({name: steps[name] for name in named("parts", only, PARTS)}, session)
 

@@ -1,13 +1,14 @@
 """select_blocks, Eq 9 and 10, with the score kernel written for Hopper in Gluon: D = 128, bf16 or fp16.
 
 Everything else is `_select_blocks`: the same permuted keys, the same pooling, the same scratch. What differs is what
-waits for what. One warpgroup scores 64 queries, two programs share a multiprocessor. The queries of all heads of a
-group stay in shared memory, up to 5 heads, beside one tile of 128 keys. Two products are under way at a time: while
-the exponentials of one head are taken, the next head is multiplied. The last head of a tile is waited for at the top of
-the loop, where a new block of code begins, because the assembler moves a wait ahead of exponentials in the same block.
-Then the copy of the next keys starts, and flies during the last exponentials, pooling and stores.
+waits for what. One warpgroup scores 64 queries, two programs share a multiprocessor. The queries of up to 5 heads of a
+group stay in shared memory, beside one tile of 128 keys; the heads of larger groups take turns. Two products are under
+way at a time: while the exponentials of one head are taken, the next head is multiplied. The last head of a tile is
+waited for at the top of the loop, where a new block of code begins, because the assembler moves a wait ahead of
+exponentials in the same block. Then the copy of the next keys starts, and flies during the last exponentials, pooling
+and stores.
 
-`dispatch` offers it for l / d <= 2, B / d <= 32 and groups of up to 5 heads only.
+`dispatch` offers it for l / d <= 2 and B / d <= 32.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ D = gl.constexpr(128)
 BM = gl.constexpr(TILE)  # queries of a tile: what one warpgroup multiplies at a time
 BK = gl.constexpr(128)  # keys of a tile, as `_select_blocks.score_shape` says for these inputs
 NI = gl.constexpr(BK.value // 16)
+MOST_HEADS = 5  # whose queries fit in half of the shared memory of a multiprocessor, beside a tile of keys
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK.value, 16]))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, 128 bytes a warp and row
@@ -64,7 +66,7 @@ def _fetch_keys(k_tile, p_k, i_k, len_c, stride8):
 
 
 @gluon.jit
-def _heads(q_tiles, k_tile, lse2, scale2, zero, never, G: gl.constexpr):
+def _heads(q_tiles, k_tile, lse2, scale2, zero, never, HEADS: gl.constexpr):
     """Probabilities of a tile of keys, summed over all heads but the last, whose product is still under way.
 
     A product takes the accumulator of two heads before, and adds nothing to it, for `never` is false. The compiler does
@@ -76,14 +78,14 @@ def _heads(q_tiles, k_tile, lse2, scale2, zero, never, G: gl.constexpr):
     b_k = k_tile.permute((1, 0))
     s = warpgroup_mma(q_tiles.index(0), b_k, zero, use_acc=False, is_async=True)
     a = zero
-    if G > 1:
+    if HEADS > 1:
         s_next = warpgroup_mma(q_tiles.index(1), b_k, zero, use_acc=False, is_async=True)
-    for g in gl.static_range(G - 1):
+    for g in gl.static_range(HEADS - 1):
         done = warpgroup_mma_wait(1, deps=(s,))
         p = gl.exp2(done * scale2 - lse2[g][:, None])
         a = a + p if g > 0 else p
         s = s_next
-        if g + 2 < G:
+        if g + 2 < HEADS:
             s_next = warpgroup_mma(q_tiles.index(g + 2), b_k, done, use_acc=never, is_async=True)
     return a, s
 
@@ -92,8 +94,10 @@ def _heads(q_tiles, k_tile, lse2, scale2, zero, never, G: gl.constexpr):
 def _finish(
     a, prev, p_score, p_max, j, j_begin, first, len_q, len_k, num_cols,
     L: gl.constexpr, STRIDE: gl.constexpr, B: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr,
+    ADD: gl.constexpr,
 ):
     """Store the importance of the blocks from j on, -1 for those that do not compete, and group maxima; the new carry.
+    ADD: to the importance that is there.
 
     What lies before j_begin is masked, not skipped by a branch, into which the compiler would move all exponentials.
     """
@@ -112,9 +116,12 @@ def _finish(
     o_i = gl.arange(0, NB, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     o_i, o_b = o_i[None, None, :], j + NB * o_lane[None, :, None]  # what varies inside a thread is a constant
     last_block = last_candidate(first + o_row, len_q, len_k, B, LOCAL)
-    x = gl.where((o_i >= INIT - o_b) & (o_i <= last_block[:, None, None] - o_b), x, -1.0)
     # One int32 offset: added to the pointer on its own, j would become an int64 and cost registers.
-    gl.store(p_score + ((o_row * num_cols)[:, None, None] + o_b + o_i), x, mask=j >= j_begin)
+    o_score = (o_row * num_cols)[:, None, None] + o_b + o_i
+    if ADD:
+        x += gl.load(p_score + o_score, mask=j >= j_begin, other=0.0)
+    x = gl.where((o_i >= INIT - o_b) & (o_i <= last_block[:, None, None] - o_b), x, -1.0)
+    gl.store(p_score + o_score, x, mask=j >= j_begin)
     o_max = (j // NB + o_row * (num_cols // NB))[:, None] + o_lane[None, :]
     gl.store(p_max + o_max, gl.max(x, 2), mask=j >= j_begin)
     return prev
@@ -125,11 +132,12 @@ def _scores_sm90_kernel(
     Q, K, LSE, SCORE, GROUP_MAX, Q_TILES, CU_Q, CU_K, CU_CMP, sq_t8, sq_h8, sk_t8, sk_h8,
     last_tile, num_tiles, head0, num_kv_heads, num_cols, scale,
     G: gl.constexpr, L: gl.constexpr, STRIDE: gl.constexpr, B: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr,
-    RANGE: gl.constexpr,
+    RANGE: gl.constexpr, HEADS: gl.constexpr, ADD: gl.constexpr,
 ):
     """Importance of up to RANGE selection blocks for 64 queries of one KV head, and its group maxima; R <= 2 (Eq 9).
 
-    Strides ending in 8 count 8 elements: this tells the compiler that rows start at whole 16 bytes.
+    Of each group of G heads HEADS count, from that at which Q and LSE begin. ADD: to what SCORE holds. Strides ending
+    in 8 count 8 elements: this tells the compiler that rows start at whole 16 bytes.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
     P: gl.constexpr = B // STRIDE
@@ -148,15 +156,15 @@ def _scores_sm90_kernel(
     p_lse = LSE + (start_q + first) * (num_kv_heads * G) + kv_head * G
     o_lse = gl.minimum(gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES)), len_q - 1 - first) * (num_kv_heads * G)
     lse2 = ()
-    for g in gl.static_range(G):
+    for g in gl.static_range(HEADS):
         lse2 = lse2 + (load_lse2(p_lse + g, o_lse),)
-    q_tiles = gl.allocate_shared_memory(TYPE, [G, BM, D], SHARED)
+    q_tiles = gl.allocate_shared_memory(TYPE, [HEADS, BM, D], SHARED)
     k_tile = gl.allocate_shared_memory(TYPE, [BK, D], SHARED)
     # Rows past the end repeat the last one, whose scores they do not keep.
     o_q = gl.minimum(gl.arange(0, BM, layout=gl.SliceLayout(1, COPY)), len_q - 1 - first)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     p_q = Q + ((start_q + first) * sq_t8 + kv_head * G * sq_h8) * 8
-    for g in gl.static_range(G):
+    for g in gl.static_range(HEADS):
         o = ((o_q.to(gl.int64) * sq_t8 + g * sq_h8) * 8)[:, None] + o_d[None, :]
         async_copy.async_copy_global_to_shared(q_tiles.index(g), p_q + o)
     p_k = K + (start_c * sk_t8 + kv_head * sk_h8) * 8
@@ -170,33 +178,37 @@ def _scores_sm90_kernel(
     prev = gl.zeros([BM, 4], gl.float32, LANES)
     never = len_q < 0  # false, unknown to the compiler
     zero = gl.zeros([BM, BK], gl.float32, SCORES)
-    a, s = _heads(q_tiles, k_tile, lse2, scale2, zero, never, G)
+    a, s = _heads(q_tiles, k_tile, lse2, scale2, zero, never, HEADS)
     j_last = j_first + (j_end - 1 - j_first) // (4 * NB) * (4 * NB)
     for j in range(j_first, j_last, 4 * NB):
         s = warpgroup_mma_wait(0, deps=(s,))
         # A warp only knows that its own products have read the tile: wait for the others before it is overwritten.
         barrier()
         _fetch_keys(k_tile, p_k, (j + 4 * NB) * P, len_c, sk_t8)
-        a += gl.exp2(s * scale2 - lse2[G - 1][:, None])
-        prev = _finish(a, prev, p_score, p_max, j, j_begin, first, len_q, len_k, num_cols, L, STRIDE, B, INIT, LOCAL)
-        a, s = _heads(q_tiles, k_tile, lse2, scale2, zero, never, G)
+        a += gl.exp2(s * scale2 - lse2[HEADS - 1][:, None])
+        prev = _finish(
+            a, prev, p_score, p_max, j, j_begin, first, len_q, len_k, num_cols, L, STRIDE, B, INIT, LOCAL, ADD
+        )  # fmt: skip
+        a, s = _heads(q_tiles, k_tile, lse2, scale2, zero, never, HEADS)
     s = warpgroup_mma_wait(0, deps=(s,))
-    a += gl.exp2(s * scale2 - lse2[G - 1][:, None])
-    _finish(a, prev, p_score, p_max, j_last, j_begin, first, len_q, len_k, num_cols, L, STRIDE, B, INIT, LOCAL)
+    a += gl.exp2(s * scale2 - lse2[HEADS - 1][:, None])
+    _finish(a, prev, p_score, p_max, j_last, j_begin, first, len_q, len_k, num_cols, L, STRIDE, B, INIT, LOCAL, ADD)
 
 
 def _scores(q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, chunk: Chunk, *, scale: float) -> None:
-    """`_select_blocks.scores` on Hopper, for D = 128, l <= 2 d and B <= 32 d."""
+    """`_select_blocks.scores` on Hopper, for D = 128, l <= 2 d and B <= 32 d. The heads of a group take turns, as many
+    at a time as fit."""
     config = plan.config
     G, Hkv, num_cols = q.shape[1] // k_cmp.shape[1], k_cmp.shape[1], chunk.score.shape[1]
-    RANGE = _select_blocks.RANGE
+    RANGE, HEADS = _select_blocks.RANGE, cdiv(G, cdiv(G, MOST_HEADS))
     strides = [stride // 8 for x in (q, k_cmp) for stride in x.stride()[:2]]
-    _scores_sm90_kernel[(chunk.num_tiles * cdiv(num_cols, RANGE), chunk.num_heads)](
-        q, k_cmp, lse_cmp, chunk.score, chunk.group_max, plan.q_tiles, plan.cu_q, plan.cu_k, plan.cu_cmp, *strides,
-        chunk.last_tile, chunk.num_tiles, chunk.head0, Hkv, num_cols, scale,
-        G=G, L=config.cmp_block, STRIDE=config.cmp_stride, B=config.slc_block, INIT=config.init_blocks,
-        LOCAL=config.local_blocks, RANGE=RANGE, num_warps=4,
-    )  # fmt: skip
+    for head in range(0, G, HEADS):
+        _scores_sm90_kernel[(chunk.num_tiles * cdiv(num_cols, RANGE), chunk.num_heads)](
+            q[:, head:], k_cmp, lse_cmp[:, head:], chunk.score, chunk.group_max, plan.q_tiles, plan.cu_q, plan.cu_k,
+            plan.cu_cmp, *strides, chunk.last_tile, chunk.num_tiles, chunk.head0, Hkv, num_cols, scale,
+            G=G, L=config.cmp_block, STRIDE=config.cmp_stride, B=config.slc_block, INIT=config.init_blocks,
+            LOCAL=config.local_blocks, RANGE=RANGE, HEADS=min(HEADS, G - head), ADD=head > 0, num_warps=4,
+        )  # fmt: skip
 
 
 def select_blocks(
