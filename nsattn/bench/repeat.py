@@ -3,7 +3,7 @@
 A ratio is the time of a contender, or of our kernels in the order of the NSA paper (`qmajor`), over that of ours for
 the same shape and direction, both right. Contenders of the whole attention are compared with the whole of ours. A short
 call takes as long as its host needs: where there is a CUDA graph, its time counts, and where there is none of ours,
-only calls of `HOST_ROWS` rows and more do.
+only calls of `HOST_ROWS` rows (tokens times query heads) and more do. Models are such calls too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsattn.bench.model import MODELS, TINY
 from nsattn.bench.timing import HOST_ROWS, KEY, OURS, read_rows
 
 SHAPE = tuple(name for name in KEY if name not in ("who", "op", "impl"))
@@ -26,6 +27,7 @@ GRAPH = " graph"
 class Ratio(NamedTuple):
     """A contender's time over ours, in two runs."""
 
+    whose: str  # the contender's
     name: str
     old: float
     new: float
@@ -35,8 +37,8 @@ class Ratio(NamedTuple):
         return self.new / self.old - 1
 
 
-def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """All ratios of a results file: what is compared, and the contender's time over ours."""
+def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """All ratios of a results file: (whose time, what is compared), and that time over ours."""
     right = [row for row in rows if row.get("ok", True)]
     right.sort(key=_graph, reverse=True)
     graphs = {_name(row).replace(GRAPH, "") for row in right if _graph(row)}
@@ -45,9 +47,22 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         if not _graph(row) and _name(row) in graphs:
             continue
         ours = next((x for x in right if _compared(row, x)), None)
-        if ours and ("phase" in ours or _graph(ours) or ours["T"] * ours["Hq"] >= HOST_ROWS):
-            found[_name(row)] = row["ms"] / ours["ms"]
+        if ours and (_graph(ours) or ours["T"] * _heads(ours) >= HOST_ROWS):
+            found[_whose(row), _name(row)] = row["ms"] / ours["ms"]
     return found
+
+
+def _heads(row: Mapping[str, Any]) -> int:
+    return row["Hq"] if "Hq" in row else {**MODELS, **TINY}[row["model"]]["num_attention_heads"]
+
+
+def _whose(row: Mapping[str, Any]) -> str:
+    """The contender as a reader knows it: a project, dense attention, or our other schedule."""
+    if "phase" in row:
+        return row["attention"]
+    if row["who"] == OURS:
+        return "qmajor"
+    return f"{row['who']} {row['impl'].replace(GRAPH, '')}" if row["who"] == "torch" else row["who"]
 
 
 def _graph(row: Mapping[str, Any]) -> bool:
@@ -78,7 +93,7 @@ def compare(old: Path, new: Path) -> list[Ratio]:
         ValueError: a file that is missing or holds no rows, or two files without a ratio in common.
     """
     before, after = (ratios(_rows(path)) for path in (old, new))
-    common = [Ratio(name, x, after[name]) for name, x in before.items() if after.get(name, x) != x]
+    common = [Ratio(*key, x, after[key]) for key, x in before.items() if after.get(key, x) != x]
     if not common:
         raise ValueError(f"{old} and {new} have no ratio of a contender to ours in common. Time the same shapes twice.")
     return sorted(common, key=lambda r: -abs(r.change))
@@ -93,10 +108,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def report(found: list[Ratio], within: float, most: int = 20) -> str:
-    """How many ratios moved by no more than `within`, and those that moved most."""
-    beyond = [r for r in found if abs(r.change) > within]
-    middle = statistics.median(abs(r.change) for r in found)
-    agree = len(found) - len(beyond)
-    lines = [f"{agree} of {len(found)} ratios agree within {within:.0%}; median change {middle:.1%}."]
+    """How many ratios moved by no more than `within`, in all and to each contender, and those that moved most."""
+
+    def count(what: str, some: list[Ratio]) -> str:
+        agree = sum(abs(r.change) <= within for r in some)
+        middle = statistics.median(abs(r.change) for r in some)
+        return f"{agree} of {len(some)} {what} agree within {within:.0%}; median change {middle:.1%}."
+
+    lines = [count("ratios", found)]
+    contenders = dict.fromkeys(r.whose for r in sorted(found))
+    lines += [f"  {count(f'to {whose}', [r for r in found if r.whose == whose])}" for whose in contenders]
     lines += [f"{r.change:+7.1%}  {r.old:6.2f} -> {r.new:6.2f}  {r.name}" for r in found[:most]]
     return "\n".join(lines)
