@@ -671,7 +671,8 @@ def test_models_run_without_a_gpu(tmp_path):
     rows = model.run(out=out, echo=said.append)
     assert "No GPU" in said[0]
     both = {(p, a) for p in model.PHASES for a in model.ATTENTION}
-    assert {(r.phase, r.attention) for r in rows} == both | {("overhead", "auto")}
+    alone = {("overhead", "auto"), ("decode", "dense"), ("decode", "auto")}
+    assert {(r.phase, r.attention) for r in rows} == both | alone
     assert model.run(out=out, echo=said.append) == rows == model.read(out)  # nothing is timed twice
     speedups = list(model.speedups(rows))
     assert [key[3] for key in speedups] == sorted(model.PHASES) and all(s[4] > 0 for s in speedups)
@@ -687,6 +688,35 @@ def test_models_run_without_a_gpu(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file of nsattn bench model"):
         model.read(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("kind", ["dense", "auto"])
+def test_a_decoding_step_of_a_model_is_its_pass_over_the_whole_text(kind, monkeypatch):
+    """Dense: what a stock cache with the same keys and values gives. NSA: what one pass over all tokens gives."""
+    pytest.importorskip("transformers")
+    from transformers import DynamicCache
+
+    from nsattn.bench import model, model_decode
+
+    monkeypatch.setattr(model_decode, "PIECE", 40)
+    (shape,), (config,) = model.TINY.values(), model.TINY_SIZES.values()
+    length, like = 96, torch.zeros(1, shape["hidden_size"])
+    made = model._model(shape, 2, "over cache" if kind == "dense" else kind, config, "cpu", torch.float32)
+    seen = []
+    made.register_forward_pre_hook(lambda module, args, given: seen.append(given["inputs_embeds"]), with_kwargs=True)
+    call, _ = model_decode.step(made, kind, length, like)
+    stock = model._model(shape, 2, kind, config, "cpu", torch.float32)
+    stock.load_state_dict(made.state_dict())
+    y = call()
+    if kind == "dense":
+        cache = DynamicCache(config=stock.config)
+        for i, layer in enumerate(made.layers):
+            cache.update(*(x[:, :, :-1].clone() for x in layer.self_attn.bench_cache), i)
+        want = stock(inputs_embeds=seen[-1], past_key_values=cache).last_hidden_state
+    else:
+        assert [x.shape[1] for x in seen] == [40, 40, 16, 1, 1, 1]
+        want = stock(inputs_embeds=torch.cat(seen, 1), use_cache=False).last_hidden_state[:, -1:]
+    torch.testing.assert_close(y, want)
 
 
 def test_pictures_of_models(tmp_path):

@@ -23,6 +23,7 @@ from nsattn.bench.cases import PAPER, Case
 from nsattn.bench.peers import Call, Missing, Problem, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session
 from nsattn.bench.timing import (
+    GRAPH,
     GRAPH_TOKENS,
     OURS,
     Echo,
@@ -56,7 +57,6 @@ SHAPES = (
 )
 DENSE_TOKENS = 131072  # beyond, dense attention would take most of the time
 PEER_TOKENS = 131072
-AS_GRAPHS = ("nsa_attention", "attend_selected")  # timed as CUDA graphs too
 SHARED = ("attend_compressed", "select_blocks", "attend_window")  # what every schedule of the selected branch shares
 PAPER_SHAPES = tuple(sorted({(case.length, case.num_heads, case.num_kv_heads) for case in PAPER} - set(SHAPES)))
 
@@ -377,14 +377,14 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
     calls: list[tuple[str, str, Callable[[], object]]] = [
         (work.impl, "forward", lambda: work.call(*work.leaves)),
     ]
+    dy = torch.randn_like(y) if work.backward else None
     if work.backward:
-        dy = torch.randn_like(y)
         calls.append(
             (work.impl, "backward", lambda: torch.autograd.grad(y, work.leaves, dy, retain_graph=True)),
         )
-        if device == "cuda" and work.who == OURS and work.op in AS_GRAPHS and T <= GRAPH_TOKENS:
-            replays = captured(work.call, work.leaves, dy)
-            calls += [(f"{work.impl} graph", *call) for call in zip(right, replays, strict=True)]
+    if device == "cuda" and work.who == OURS and T <= GRAPH_TOKENS:
+        replays = captured(work.call, work.leaves, dy)
+        calls += [(f"{work.impl}{GRAPH}", call[1], replay) for call, replay in zip(calls, replays, strict=True)]
     peaks: dict[str, float] = {}
     for impl, direction, call in calls:
         flops, size = floors[direction]

@@ -22,7 +22,19 @@ import nsattn
 from nsattn import branches
 from nsattn.bench.base import Base
 from nsattn.bench.session import Session
-from nsattn.bench.timing import PEAK_BYTES, Echo, Row, interleave, locked, merge, older_rows, peak_beyond, save
+from nsattn.bench.timing import (
+    GRAPH,
+    PEAK_BYTES,
+    Echo,
+    Row,
+    as_graph,
+    interleave,
+    locked,
+    merge,
+    older_rows,
+    peak_beyond,
+    save,
+)
 from nsattn.environment import commit
 from nsattn.plan import num_compressed
 from nsattn.testing import CacheInputs, compare, make_cache
@@ -189,14 +201,5 @@ def _dense(case: DecodeCase, device: str) -> Iterator[Contender]:
 
 def _captured(contender: Contender) -> Contender:
     """The same as a CUDA graph."""
-    contender.call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        o = contender.call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return o
-
-    return Contender(contender.who, f"{contender.impl} graph", replay, contender.ok, contender.bytes)
+    call = as_graph(contender.call)
+    return Contender(contender.who, f"{contender.impl}{GRAPH}", call, contender.ok, contender.bytes)

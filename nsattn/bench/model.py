@@ -17,6 +17,9 @@ The phase `overhead` is about one attention module, forward and backward, withou
 of it, `attention_ms` its kernels alone on the same tensors: compression and `nsattn.nsa_attention` (and the rotation of
 the few compressed keys). Between the two lie rotation, the sigmoid of the gates, and whatever copies. What the model
 does once for all its layers, the plan and the tables of the rotation, is in neither.
+
+The phase `decode` is a step of one new token for each of eight sequences of T tokens, a CUDA graph of all layers, with
+dense attention and with NSA, each over a cache in place (`model_decode`).
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from torch import Tensor
 
 import nsattn
 import nsattn.api
+from nsattn.bench import model_decode
 from nsattn.bench.attention import Tail
 from nsattn.bench.peers import Missing, fsa, fsa_branches, nsa_ref
 from nsattn.bench.session import Session, named
@@ -66,6 +70,7 @@ ATTENTION = ("dense", "qmajor", "auto")
 PEERS = {"fsa": fsa, "nsa_ref": nsa_ref}  # attention -> adapter
 PHASES = ("train", "train+opt", "prefill")
 OVERHEAD = "overhead"
+DECODE = "decode"
 
 
 @dataclass
@@ -125,8 +130,9 @@ def run(
         for num in range(layers, 0, -1):
             try:
                 new = _bench(case, shapes[name], sizes[B, N], num, device, loaded, compiled, echo)
-                if not compiled:  # it has no norm and no MLP
+                if not compiled:  # the one has no norm and no MLP, the other is bound by its weights
                     new.append(_overhead(case, shapes[name], sizes[B, N], device))
+                    new += _decode(case, shapes[name], sizes[B, N], num, device)
                 break
             except torch.cuda.OutOfMemoryError:
                 gc.collect()
@@ -281,6 +287,26 @@ def _overhead(
     )  # fmt: skip
 
 
+def _decode(
+    case: tuple[str, int, int, int], shape: dict[str, Any], config: nsattn.NSAConfig, layers: int, device: str
+) -> list[ModelRow]:
+    """Rows of phase `decode`."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    like = torch.empty(1, shape["hidden_size"], device=device, dtype=dtype)
+    steps = {}
+    for kind in ("dense", "auto", "none"):
+        model = _model(shape, layers, "over cache" if kind == "dense" else kind, config, device, dtype)
+        steps[kind] = model_decode.step(model, kind, case[1], like)
+    times = dict(zip(steps, interleave([call for call, _ in steps.values()], device), strict=True))
+    return [
+        ModelRow(
+            who="torch" if kind == "dense" else "nsattn", layers=layers, **_fields(case), phase=DECODE, attention=kind,
+            ms=times[kind][0], attention_ms=times[kind][0] - times["none"][0], peak_gib=steps[kind][1], commit=commit(),
+        )
+        for kind in ("dense", "auto")
+    ]  # fmt: skip
+
+
 def _parts(model: Any, T: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]:
     """(attention module of layer 0 without projections and norms, its kernels alone, leaves that get gradients).
 
@@ -346,14 +372,16 @@ def _model(
 
     from nsattn.integrations.transformers import convert_to_nsa
 
-    if kind == "none":
-        transformers.AttentionInterface.register("nsattn_bench_none", _values)
-        transformers.AttentionMaskInterface.register("nsattn_bench_none", lambda **kwargs: None)
+    function = {"none": _values, "over cache": model_decode.over_cache}.get(kind)
+    name = "sdpa" if function is None else f"nsattn_bench_{function.__name__}"
+    if function is not None:
+        transformers.AttentionInterface.register(name, function)
+        transformers.AttentionMaskInterface.register(name, lambda **kwargs: None)
     options = {key: value for key, value in shape.items() if key not in ("family", "rope_theta")}
     family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[shape["family"]]
     model_config = getattr(transformers, f"{family}Config")(
         **options, vocab_size=64, num_hidden_layers=layers, max_position_embeddings=1 << 17,
-        attn_implementation="nsattn_bench_none" if kind == "none" else "sdpa",
+        attn_implementation=name,
         rope_parameters={"rope_type": "default", "rope_theta": shape.get("rope_theta", 10000.0)},
     )  # fmt: skip
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from nsattn.bench.model import ModelRow, ratios, speedups
 from nsattn.bench.model import read as read_models
 from nsattn.bench.peers.fsa_branches import BOTH
 from nsattn.bench.selected import pair
-from nsattn.bench.timing import OURS, Row, older_notes, read_rows
+from nsattn.bench.timing import GRAPH, OURS, Row, older_notes, read_rows
 
 DIRECTIONS = ("forward", "backward")
 OPERATIONS = ("compress", "attend_compressed", "select_blocks", "attend_selected", "attend_window", "combine")
@@ -90,14 +90,14 @@ def selected_times(rows: Sequence[Row]) -> Times:
         for row in rows:
             known = {**case.shape, "selection": "random", "op": "attend_selected"}.items() <= vars(row).items()
             who = row.impl if row.who == OURS else row.who
-            if known and who in NAMES and not row.impl.endswith(" graph"):
+            if known and who in NAMES and not row.impl.endswith(GRAPH):
                 time = Time(row.ms, row.ok, frozenset({row.commit}))
                 sets.setdefault(row.set, {})[case, who, row.direction] = time
         if sets:
             times |= max(sets.items(), key=lambda item: (len(item[1]), item[0] == "paper"))[1]
         for row in rows:  # dense attention does not depend on blocks
             size = {key: value for key, value in case.shape.items() if key not in ("B", "N")}
-            if row.op == "dense causal" and not row.impl.endswith(" graph") and size.items() <= vars(row).items():
+            if row.op == "dense causal" and not row.impl.endswith(GRAPH) and size.items() <= vars(row).items():
                 times.setdefault((case, "torch", row.direction), Time(row.ms, row.ok, frozenset({row.commit})))
     return times
 
@@ -108,7 +108,7 @@ def kernel_times(results: Results) -> Times:
     for (case, who, direction), time in selected_times(results.selected).items():
         project = OURS if who in ("auto", "qmajor") else "fsa"  # nsa_ref's other branches are FSA's
         others = [] if who == "torch" else [
-            _best(results.attention, op, case.length, (case.num_heads, case.num_kv_heads), project, direction)
+            _best(results.attention, op, case.length, (case.num_heads, case.num_kv_heads), project, direction, False)
             for op in ("attend_compressed", "attend_window")
         ]  # fmt: skip
         if None not in others:
@@ -127,9 +127,12 @@ def shown_times(results: Results) -> tuple[Times, bool]:
     return (sums if whole else alone), whole
 
 
-def _best(rows: Sequence[Row], op: str, T: int, heads: tuple[int, int], who: str, direction: str) -> Row | None:
-    """The row of an operation; of several schedules, the fastest that is right."""
-    mine = [r for r in rows if (r.op, r.T, (r.Hq, r.Hkv), r.who, r.direction) == (op, T, heads, who, direction)]
+def _best(
+    rows: Sequence[Row], op: str, T: int, heads: tuple[int, int], who: str, direction: str, graphs: bool = True
+) -> Row | None:
+    """The row of an operation; of several schedules, calls and `graphs`, the fastest that is right."""
+    mine = [r for r in rows if (r.op, r.T, (r.Hq, r.Hkv), r.who, r.direction) == (op, T, heads, who, direction)
+            and (graphs or not r.impl.endswith(GRAPH))]  # fmt: skip
     return min(mine, key=lambda r: (not r.ok, r.ms), default=None)
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from nsattn.bench import model
 from nsattn.bench.cases import PAPER, PAPER_GROUPS, Case, target_ms
 from nsattn.bench.paper import DIRECTIONS, HEADS, NAMES, OPERATIONS, PROJECTS, Times, lengths, parts
-from nsattn.bench.timing import OURS, Row, read_rows
+from nsattn.bench.timing import GRAPH, OURS, Row, read_rows
 
 DPI = 120
 LENGTH_GROUP = 4
@@ -151,7 +151,7 @@ def _picture(
 
 def _shown(row: Row) -> bool:
     """Ours by the automatic choice; theirs as called, not as graphs."""
-    return row.impl == "auto" if row.who == "nsattn" else not row.impl.endswith(" graph")
+    return row.impl == "auto" if row.who == "nsattn" else not row.impl.endswith(GRAPH)
 
 
 def _line(

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nsattn.bench.model import MODELS, TINY
-from nsattn.bench.timing import HOST_ROWS, KEY, OURS, read_rows
+from nsattn.bench.timing import GRAPH, HOST_ROWS, KEY, OURS, read_rows
 
 SHAPE = tuple(name for name in KEY if name not in ("who", "op", "impl"))
 MODEL = ("model", "layers", "T", "B", "N", "phase")
 STANDS_FOR = {"dense causal": ("nsa_attention", "attend_selected")}  # what of ours does the same work
-GRAPH = " graph"
 
 
 class Ratio(NamedTuple):

@@ -27,7 +27,7 @@ from nsattn.bench.model import ModelRow, overheads
 from nsattn.bench.model import read as read_models
 from nsattn.bench.paper import DIRECTIONS, HEADS, lengths
 from nsattn.bench.plots import PLAIN, legend_below, speedup_figure, stack, ticks
-from nsattn.bench.timing import Row, read_rows
+from nsattn.bench.timing import GRAPH, Row, read_rows, without_host
 
 COLOURS = ("#3a8f4d", "#8a4fa3", "#c9a227", "#1f5fa8", "#d1662a", "#7a6a55", "#c23b52", "#4aa3a3", "#444444")
 FILES = ("attention", "selected", "decode", "models", "models_compiled")
@@ -92,7 +92,7 @@ def _against_length(rows: list[Row]) -> str:
     def draw(axes: Any, direction: str) -> None:
         for colour, (Hq, Hkv) in zip(COLOURS * 2, heads, strict=False):
             for op, graph, style, _ in kinds:
-                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl.endswith(" graph"), r.direction)
+                mine = sorted((r for r in rows if (r.Hq, r.Hkv, r.op, r.impl.endswith(GRAPH), r.direction)
                                == (Hq, Hkv, op, graph, direction)), key=lambda r: r.T)
                 _line(axes, [(r.T, r.ms, r.ok) for r in mine], style, colour)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=direction)
@@ -112,6 +112,7 @@ def _against_group(rows: list[Row]) -> str:
             and (r.B, r.N) == (64, 16) and r.set in ("", "target")]
     if not here:
         return _missing("selected")
+    here = without_host(here)
     who = sorted({(r.who, r.impl) for r in here})
 
     def draw(axes: Any, direction: str) -> None:
@@ -124,7 +125,8 @@ def _against_group(rows: list[Row]) -> str:
         ticks(axes, {r.Hq // r.Hkv for r in here})
         axes.yaxis.set_major_formatter(PLAIN)
 
-    return _note("65536 tokens, four KV heads of 128, 16 blocks of 64 per token.") + _figure(draw)
+    note = "65536 tokens, four KV heads of 128, 16 blocks of 64 per token. A CUDA graph of what can be captured."
+    return _note(note) + _figure(draw)
 
 
 def _stack(rows: list[Row]) -> str:

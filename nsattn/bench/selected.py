@@ -32,6 +32,7 @@ from nsattn.bench.cases import SELECTIONS, SETS, TINY, Case, choose, selected_ke
 from nsattn.bench.peers import Call, Problem
 from nsattn.bench.session import Session
 from nsattn.bench.timing import (
+    GRAPH,
     GRAPH_TOKENS,
     OURS,
     Echo,
@@ -249,7 +250,7 @@ def _bench(
             if device == "cuda" and contender.captures and case.tokens <= GRAPH_TOKENS:
                 replays = captured(call, (problem.q, problem.k, problem.v), dy)
                 jobs += [
-                    replace(job, impl=f"{job.impl} graph", call=r) for job, r in zip(jobs[-2:], replays, strict=True)
+                    replace(job, impl=f"{job.impl}{GRAPH}", call=r) for job, r in zip(jobs[-2:], replays, strict=True)
                 ]
         except Exception as error:  # noqa: BLE001  whatever a contender raises is its result; the others go on
             notes.append(note(contender.who, contender.impl, case, f"{type(error).__name__}: {str(error)[:300]}"))
@@ -358,7 +359,7 @@ def head_dims(path: str | Path) -> str:
     for D, Dv, Hq, Hkv, T, B, N in sorted({key[:7] for key in times}):
         cells = []
         for impl in impls:
-            key = (D, Dv, Hq, Hkv, T, B, N, f"{impl} graph")
+            key = (D, Dv, Hq, Hkv, T, B, N, f"{impl}{GRAPH}")
             forward, backward = (times.get((*key, direction)) for direction in ("forward", "backward"))
             ok = all(row is None or row.ok for row in (forward, backward))
             cells.append(pair(forward and forward.ms, backward and backward.ms, ok))

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ GRAPH_TOKENS = 65536  # up to here the launches of a slow host may take longer t
 HOST_ROWS = 1 << 20  # (token, head) rows from which kernels take longer than a slow host needs to launch them
 CACHE_BYTES = 256 << 20  # written before each call, so that it finds a cold L2
 OURS = "nsattn"
+GRAPH = " graph"  # how the `impl` of a CUDA graph ends
 
 Echo = Callable[[str], None]  # takes a line of output
 R = TypeVar("R")
@@ -65,6 +66,18 @@ KEY = (
     *("who", "op", "impl", "T", "Hq", "Hkv", "D", "Dv", "B", "N"),
     *("selection", "direction", "dtype", "sequences", "set"),
 )
+
+
+def without_host(rows: Sequence[Row]) -> list[Row]:
+    """What kernels take: of a call and its CUDA graph the graph, with the `impl` of the call; where there is none, the
+    call."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row.impl.removesuffix(GRAPH) if name == "impl" else getattr(row, name) for name in KEY)
+
+    graphs = {key(row) for row in rows if row.impl.endswith(GRAPH)}
+    kept = [row for row in rows if row.impl.endswith(GRAPH) or key(row) not in graphs]
+    return [replace(row, impl=row.impl.removesuffix(GRAPH)) for row in kept]
 
 
 def floor_ms(flops: float, moved: float) -> float:
@@ -142,10 +155,24 @@ def peak_beyond(call: Callable[[], Any], device: str, base: int | None = None) -
     return result, max(0, torch.cuda.max_memory_allocated() - base - size) / 2**30
 
 
-def captured(
-    call: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tensor
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Replays of the forward and of the backward of `call(*leaves)` as CUDA graphs.
+def as_graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same as a CUDA graph, without gradients."""
+    with torch.no_grad():
+        call()  # compiles what is not compiled yet
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
+def captured(call: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tensor | None) -> list[Callable[[], None]]:
+    """Replays of the forward and, where a gradient dy arrives, of the backward of `call(*leaves)` as CUDA graphs.
 
     Autograd works on the stream where a leaf was first used and where the forward ran. A capture may meet no other
     stream, so all of it, with leaves of its own, is on one.
@@ -155,11 +182,14 @@ def captured(
     leaves = [x.detach().requires_grad_() for x in leaves]
     with torch.cuda.stream(stream):
         y = call(*leaves)
-        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        if dy is not None:
+            torch.autograd.grad(y, leaves, dy, retain_graph=True)
     torch.cuda.synchronize()
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(forward, stream=stream):
         call(*leaves)
+    if dy is None:
+        return [forward.replay]
     with torch.cuda.graph(backward, stream=stream):
         torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
@@ -167,7 +197,7 @@ def captured(
         assert y.grad_fn is not None and dy is not None  # hold what the captured backward reads
         backward.replay()
 
-    return forward.replay, replay_backward
+    return [forward.replay, replay_backward]
 
 
 def save(rows: Iterable[Any], out: str, **more: object) -> None:
