@@ -231,7 +231,7 @@ def bench_model(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="norms and MLPs by torch.compile, in all models")] = False,
 ) -> None:
-    """Time training steps and prefill of model shapes with dense attention and with NSA. Needs the extra hf."""
+    """Time training, prefill and decoding of model shapes with dense attention and with NSA. Needs the extra hf."""
     from nsattn.bench.model import run
 
     sizes = {"lengths": tuple(_lengths(lengths)), "layers": layers}

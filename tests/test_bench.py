@@ -769,7 +769,7 @@ def test_whether_two_runs_agree(tmp_path):
     """A drift of all times is none of the ratios'; a contender that alone moved is named, with exit status 1."""
 
     def runs(slower, contender):
-        rows = [row(ms=slower), row("torch", "cudnn", ms=contender * slower, op="dense causal"),
+        rows = [row(ms=slower), row("torch", "cudnn", ms=contender * slower, op="dense causal", selection="all"),
                 row(impl="qmajor", ms=3 * slower), row("fsa", "x", ms=7, ok=False), row(impl="kvmajor", ms=9)]
         return [*rows, row(impl="auto graph", ms=slower / 2), row("fla", "x graph", ms=4 * slower)]  # fmt: skip
 
@@ -790,3 +790,21 @@ def test_whether_two_runs_agree(tmp_path):
     assert bad.exit_code == 1 and "+20.0%   10.00 ->  12.00  torch dense causal cudnn" in bad.output
     with pytest.raises(ValueError, match="no ratio"):
         repeat.compare(old, old)
+
+
+def test_what_is_compared_between_two_runs():
+    """Dense attention with the whole of ours; of models long calls, and decoding steps of any length."""
+    from nsattn.bench import model
+
+    rows = [row(op="nsa_attention", impl="auto graph", ms=2.0, selection="own"), row(ms=1.0, selection="recorded"),
+            row("torch", "cudnn", ms=8.0, op="dense causal", selection="own")]  # fmt: skip
+    assert list(repeat.ratios([asdict(r) for r in rows]).values()) == [4.0]
+
+    def step(kind, T, phase, ms):
+        return asdict(model.ModelRow("x", "Llama-3-8B", 2, T, 64, 16, phase, kind, ms, 1.0, 1.0, "abc"))
+
+    steps = [step(kind, T, phase, ms) for T in (8192, 32768) for phase in ("train", "decode")
+             for kind, ms in (("auto", 1.0), ("dense", 3.0))]  # fmt: skip
+    assert [name.split()[1:5:3] for _, name in repeat.ratios(steps)] == [
+        ["8192", "decode"], ["32768", "train"], ["32768", "decode"]
+    ]  # fmt: skip

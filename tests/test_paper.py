@@ -44,6 +44,14 @@ def branch_rows():
     return rows
 
 
+def test_a_graph_of_ours_counts_beside_no_call_of_theirs():
+    """In the figure; where the parts of ours are shown one by one it does."""
+    row = replace(ROW, op="attend_window", impl="x", Hq=32, Hkv=8)
+    rows = [row, replace(row, impl="x graph", ms=1.0)]
+    assert paper._best(rows, "attend_window", 65536, (32, 8), "nsattn", "forward", graphs=False).ms == 2.0
+    assert paper.parts(rows, 65536, "nsattn", "forward")["attend_window"] == (1.0, True)
+
+
 def claim(results, text, column):
     head, lines = paper.claims(results)
     [line] = [line for line in lines if line[0] == text]

@@ -1,9 +1,11 @@
-"""`nsattn bench`: times beside what a user would run instead, each result checked before it is timed.
+"""`nsattn bench`: times beside what a user would run instead.
+
+Results are checked before they are timed; of models those with a peer's attention, ours are the business of the tests.
 
 attention: every operation, forward and backward, beside dense attention.
 selected:  selected attention alone, over the shapes of `cases.py`, beside the peers of `peers/`.
 decode:    the attention of one decoding step, beside dense attention over the same cache.
-model:     training steps and prefill of model shapes, with dense attention and with NSA.
+model:     training steps, prefill and decoding steps of model shapes, with dense attention and with NSA.
 plot:      the pictures of a results file.
 paper:     docs/paper.md, the claims of the FSA paper beside what was measured.
 repeat:    whether two runs agree, ratio by ratio.

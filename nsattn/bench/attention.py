@@ -228,16 +228,22 @@ def _works(
         chosen = result.block_idx if isinstance(result, nsattn.NSAOutput) else selection
         return tail.agrees(y, lambda t: tail.whole(t, chosen, gates))
 
-    kernel = "triton" if device == "cuda" else "reference"
+    shape = dispatch.Shape(
+        device, dtype, D, D, Hq // Hkv, plan.max_blk, config.slc_block, dispatch.capability(device, None),
+        overlap=config.cmp_block // config.cmp_stride, keys_per_block=config.slc_block // config.cmp_stride,
+    )  # fmt: skip
+    auto = {op: dispatch.resolve(op, "auto", shape) for op in dispatch.TABLE if op != "attend_selected"}
     works = [
-        Work("nsattn", "compress", kernel,
+        Work("nsattn", "compress", auto["compress"],
              lambda x, w, b: nsattn.compress(x, method="linear", params=(w, b), plan=plan), (k, *linear),
              2 * T / config.cmp_stride * config.cmp_block * D * D * Hkv, compressed),
-        Work("nsattn", "attend_compressed", kernel, lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan),
-             (q, k_cmp, v_cmp), pairs * visible / config.cmp_stride,
+        Work("nsattn", "attend_compressed", auto["attend_compressed"],
+             lambda q, k, v: nsattn.attend_compressed(q, k, v, plan=plan), (q, k_cmp, v_cmp),
+             pairs * visible / config.cmp_stride,
              lambda y: tail.agrees(y, lambda t: tail.branch("attend_compressed", t))),
-        Work("nsattn", "select_blocks", kernel, lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan),
-             (q, k_cmp), pairs / 2 * visible / config.cmp_stride, lambda y: tail.selects(y, lse_cmp), backward=False),
+        Work("nsattn", "select_blocks", auto["select_blocks"],
+             lambda q, k: nsattn.select_blocks(q, k, lse_cmp, plan=plan), (q, k_cmp),
+             pairs / 2 * visible / config.cmp_stride, lambda y: tail.selects(y, lse_cmp), backward=False),
     ]  # fmt: skip
     for impl, cell in dispatch.TABLE["attend_selected"].items():
         if cell.is_kernel != (device == "cuda"):
@@ -249,10 +255,11 @@ def _works(
                  lambda y: tail.agrees(y, lambda t: tail.branch("attend_selected", t, selection)))
         )  # fmt: skip
     works += [
-        Work("nsattn", "attend_window", kernel, lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan),
-             (q, k, v), pairs * recent, lambda y: tail.agrees(y, lambda t: tail.branch("attend_window", t))),
-        Work("nsattn", "combine", kernel, nsattn.combine, (*o, gates), 6 * T * Hq * D, combined),
-        Work("nsattn", "nsa_attention", "auto" if device == "cuda" else kernel,
+        Work("nsattn", "attend_window", auto["attend_window"],
+             lambda q, k, v: nsattn.attend_window(q, k, v, plan=plan), (q, k, v), pairs * recent,
+             lambda y: tail.agrees(y, lambda t: tail.branch("attend_window", t))),
+        Work("nsattn", "combine", auto["combine"], nsattn.combine, (*o, gates), 6 * T * Hq * D, combined),
+        Work("nsattn", "nsa_attention", "auto" if device == "cuda" else "reference",
              lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, plan=plan), (q, k, v, gates),
              pairs * (1.5 * visible / config.cmp_stride + tokens + recent), whole_checked),
     ]  # fmt: skip
@@ -364,7 +371,9 @@ class Tail:
 
 def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Row]:
     """Forward and backward of one contender. A shape that a contender cannot run is an error, not a gap."""
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
     y = work.call(*work.leaves)
+    kept = torch.cuda.memory_allocated() - before - y.numel() * y.element_size() if device == "cuda" else 0
     with torch.no_grad():
         ok = work.check(y)
     right = {"forward": ok, "backward": ok and (work.gradients is None or work.gradients())}
@@ -391,7 +400,7 @@ def _time(work: Work, T: int, Hq: int, Hkv: int, D: int, device: str) -> list[Ro
         with torch.set_grad_enabled(direction == "backward"):
             call()
             if direction not in peaks:  # a graph allocates nothing when it runs: its row says what its call takes
-                peaks[direction] = peak_beyond(call, device)[1]
+                peaks[direction] = peak_beyond(call, device)[1] + (kept / 2**30 if direction == "backward" else 0)
             [(ms, p20, p80)] = interleave([call], device, rounds=1)
         rows.append(
             Row(

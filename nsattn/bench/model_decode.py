@@ -1,8 +1,8 @@
 """The decoding step of `nsattn bench model`: one new token for each of some sequences, through a model's layers.
 
-NSA reads an `NSACache` of fixed size that a prefill in pieces filled. Dense attention reads keys and values of the same
-length in place: of a stock cache a step would copy all of them, or mask a longer one, and masks keep SDPA from its fast
-kernels. Both are CUDA graphs where there is a GPU.
+NSA reads an `NSACache` of fixed size that a prefill in pieces filled, and each step adds a token to it. Dense attention
+reads keys and values of fixed length in place: of a stock cache a step would copy all of them, or mask a longer one,
+and masks keep SDPA from its fast kernels. Both are CUDA graphs where there is a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsattn.bench.timing import as_graph, peak_beyond
+from nsattn.bench.timing import MOST_CALLS, as_graph, peak_beyond
 
 SEQUENCES = 8
 PIECE = 8192  # tokens of a sequence that are prefilled at a time
-STEPS = 1024  # room for the tokens of all steps that timing takes
+STEPS = 8 * MOST_CALLS  # room for the tokens of all steps: timing warms up twice, measures twice, and makes a few more
 
 
 def step(model: Any, kind: str, length: int, like: Tensor) -> tuple[Callable[[], Tensor], float]:

@@ -3,7 +3,8 @@
 A ratio is the time of a contender, or of our kernels in the order of the NSA paper (`qmajor`), over that of ours for
 the same shape and direction, both right. Contenders of the whole attention are compared with the whole of ours. A short
 call takes as long as its host needs: where there is a CUDA graph, its time counts, and where there is none of ours,
-only calls of `HOST_ROWS` rows (tokens times query heads) and more do. Models are such calls too.
+only calls of `HOST_ROWS` rows (tokens times query heads) and more do. Models are such calls too, but for decoding
+steps, which are graphs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsattn.bench.model import MODELS, TINY
+from nsattn.bench.model import DECODE, MODELS, TINY
 from nsattn.bench.timing import GRAPH, HOST_ROWS, KEY, OURS, read_rows
 
 SHAPE = tuple(name for name in KEY if name not in ("who", "op", "impl"))
 MODEL = ("model", "layers", "T", "B", "N", "phase")
 STANDS_FOR = {"dense causal": ("nsa_attention", "attend_selected")}  # what of ours does the same work
+
+OURS_BY = ("auto", "triton", "triton_sm90", "kvmajor_sm90")  # `impl` of ours that others are compared with
 
 
 class Ratio(NamedTuple):
@@ -46,7 +49,7 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
         if not _graph(row) and _name(row) in graphs:
             continue
         ours = next((x for x in right if _compared(row, x)), None)
-        if ours and (_graph(ours) or ours["T"] * _heads(ours) >= HOST_ROWS):
+        if ours and (_graph(ours) or ours.get("phase") == DECODE or ours["T"] * _heads(ours) >= HOST_ROWS):
             found[_whose(row), _name(row)] = row["ms"] / ours["ms"]
     return found
 
@@ -77,7 +80,12 @@ def _compared(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
         return False
     ops = STANDS_FOR.get(row["op"], (row["op"],))
     impl = ours["impl"].removesuffix(GRAPH)
-    return ours["op"] in ops and impl in ("auto", "triton", "kvmajor_sm90") and all(row[x] == ours[x] for x in SHAPE)
+    same = SHAPE
+    if row["op"] not in ops:  # dense attention has no selection; ours then is the usual one
+        same = [name for name in SHAPE if name != "selection"]
+        if ours["selection"] not in ("own", "random"):
+            return False
+    return ours["op"] in ops and impl in OURS_BY and all(row[x] == ours[x] for x in same)
 
 
 def _name(row: Mapping[str, Any]) -> str:

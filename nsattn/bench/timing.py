@@ -165,6 +165,7 @@ def as_graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
             y = call()
 
     def replay() -> Tensor:
+        assert call is not None  # holds what the graph reads
         graph.replay()
         return y
 
