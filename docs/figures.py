@@ -89,7 +89,7 @@ def draw_orders() -> Any:
          f"rows in the tile: {group} of 16\n(1 token x {group} query heads)"),
         ("KV-major (FSA)", "one program: one block", lambda t, b: b == 2, 5 * group, 5 * group,
          f"rows in the tile: all\n(5 tokens x {group} query heads)"),
-        ("tile-union (not in nsattn yet)", "one program: four tokens", lambda t, b: t < 4, 4 * group, 4 * group,
+        ("tile-union (part of kvmajor_sm90)", "one program: four tokens", lambda t, b: t < 4, 4 * group, 4 * group,
          f"rows in the tile: all\n(4 tokens x {group} heads), some masked"),
     )  # fmt: skip
     for ax, (title, who, mine, full, tile, text) in zip(axes, panels, strict=True):

@@ -27,7 +27,8 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        # without what a vendor of machines puts behind the version of its kernel
+        "platform": f"{platform.system()} {platform.release().split('-')[0]}, {platform.machine()}",
         "gpu": "none",
     }
     if torch.cuda.is_available():
