@@ -110,12 +110,12 @@ def nsa_attention(
     q, k, v, gates, k_cmp, v_cmp, k_win, v_win = autocast(q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
     checks.check_queries(q)
     checks.check_pair(q, k, v, ("k", "v"))
-    checks.check_tensor("gates", gates, (q.dim(),), "[..., Hq, 3] with the leading sizes of q")
-    checks.check_shape("gates", gates, (*q.shape[:-1], 3), "[..., Hq, 3]")
+    checks.check_beside("gates", gates, q, (*q.shape[:-1], 3), "[..., Hq, 3]")
     plan = _plan(q, k, config, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, plan)
     if k_cmp is not None and v_cmp is not None:
         checks.check_pair(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
         checks.check_head_dim(v, v_cmp, "v_cmp")
+        checks.check_shape("k_cmp", k_cmp, (*k_cmp.shape[:-2], *k.shape[-2:]), "[..., Hkv, D] with the heads of k")
     if k_win is not None and v_win is not None:
         checks.check_pair(q, k_win, v_win, ("k_win", "v_win"))
         checks.check_head_dim(v, v_win, "v_win")
@@ -279,7 +279,7 @@ def select_blocks(
     checks.check_queries(q)
     checks.check_same(q=q, k_cmp=k_cmp)
     checks.check_keys(q, k_cmp, "k_cmp")
-    checks.check_shape("lse_cmp", lse_cmp, tuple(q.shape[:-1]), "[..., Hq]")
+    checks.check_beside("lse_cmp", lse_cmp, q, tuple(q.shape[:-1]), "[..., Hq]")
     checks.check_workspace(workspace)
     plan = _plan(q, None, config, cu_seqlens, max_seqlen, None, None, plan)
     checks.check_rows("k_cmp", _packed(k_cmp), plan.total_cmp, "compressed rows")
@@ -415,10 +415,12 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl:
     """
     checks.check_tensor("o_cmp", o_cmp, (3, 4), "[T, Hq, Dv] or [Bsz, S, Hq, Dv]")
     checks.check_float("o_cmp", o_cmp)
+    for name, o in (("o_slc", o_slc), ("o_win", o_win)):
+        checks.check_tensor(name, o, (o_cmp.dim(),), "the shape of o_cmp")
     checks.check_same(o_cmp=o_cmp, o_slc=o_slc, o_win=o_win)
     for name, o in (("o_slc", o_slc), ("o_win", o_win)):
         checks.check_shape(name, o, tuple(o_cmp.shape), "the shape of o_cmp")
-    checks.check_shape("gates", gates, (*o_cmp.shape[:-1], 3), "[..., Hq, 3]")
+    checks.check_beside("gates", gates, o_cmp, (*o_cmp.shape[:-1], 3), "[..., Hq, 3]")
     impl = dispatch.resolve("combine", impl, dispatch.Shape(o_cmp.device.type, o_cmp.dtype))
     o = branches.combine(_packed(o_cmp), _packed(o_slc), _packed(o_win), _packed(gates), impl=impl)
     return o.view(o_cmp.shape)
@@ -495,8 +497,8 @@ def _shape(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan) -> dispatch.Shape
         capability=dispatch.capability(q.device.type, q.device.index),
         # Traced code serves many lengths: it gets the choice for long ones.
         rows=None if torch.compiler.is_compiling() else plan.total_q * k.shape[-2],
-        slc_block=plan.config.slc_block,
-        num_selected=plan.config.num_selected,
+        slc_block=int(plan.config.slc_block),  # symbols of a compiler become numbers: `dispatch` prints them
+        num_selected=int(plan.config.num_selected),
         overlap=plan.config.overlap,
         keys_per_block=plan.config.keys_per_block,
         backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),

@@ -124,9 +124,7 @@ class CacheLengths:
                 "a cache holds no gradients, got a call with gradients enabled. Wrap it in torch.no_grad(), or train "
                 "without a cache."
             )
-        if self.tokens is None:
-            self.tokens = kept_zeros(batch, dtype=torch.int32, device=device)
-        if len(self.tokens) != batch:
+        if self.tokens is not None and len(self.tokens) != batch:
             raise ValueError(
                 f"the batch must have {len(self.tokens)} rows as in the cache, got {batch}. Use a cache for each batch."
             )
@@ -137,6 +135,8 @@ class CacheLengths:
                 f"the cache must hold at most max_length = {self.max_length} columns, got {self.columns} and {num} "
                 "more. Make it longer, or leave max_length out."
             )
+        if self.tokens is None:
+            self.tokens = kept_zeros(batch, dtype=torch.int32, device=device)
         start, needed = self.columns, self.columns + num
         if needed >= self.size:
             self.size = -(-max(needed + 1, self.size * 5 // 4) // GROW) * GROW
@@ -147,6 +147,16 @@ class CacheLengths:
         old = self.tokens.clone()
         self.tokens.add_(added)  # in place: a CUDA graph that replays this goes on counting
         return (self._single if num == 1 else self._several)(old, added, kept, num, start)
+
+    def follows(self, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whether `positions`, `[1 or Bsz, S]`, are those that `advance` would give to new tokens, `[Bsz, S]`; where
+        `mask` takes a token out any are."""
+        old = 0 if self.tokens is None else self.tokens.long()[:, None]
+        place = torch.arange(positions.shape[1], device=positions.device)
+        if mask is None:
+            return positions == old + place
+        kept = mask.to(positions.device).bool()
+        return ~kept | (positions == old + kept.cumsum(1) - 1)
 
     def replayed(self, num: int) -> None:
         """Count the columns of `num` replays of a CUDA graph that holds a pass of one column.

@@ -38,6 +38,8 @@ def check_same(**tensors: Tensor | None) -> None:
     given = {name: x for name, x in tensors.items() if x is not None}
     (first, head), *rest = given.items()
     for name, x in rest:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor like {first}, got {type(x).__name__}. Pass a tensor.")
         if x.dtype != head.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first}, got {x.dtype} and {head.dtype}. Convert one of them."
@@ -46,6 +48,16 @@ def check_same(**tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{name} must be on the device of {first}, got {x.device} and {head.device}. Move one of them."
             )
+
+
+def check_beside(name: str, x: object, other: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """A float tensor of this shape on the device of another one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}. Pass {what}.")
+    check_float(name, x)
+    check_shape(name, x, shape, what)
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of the data, got {x.device} and {other.device}. Move it.")
 
 
 def check_queries(q: Tensor) -> None:
@@ -85,6 +97,11 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         )
 
 
+def check_count(name: str, number: object, least: int = 0) -> None:
+    if not isinstance(number, (int, torch.SymInt)) or number < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {number!r}. It is a number of rows or heads.")
+
+
 def check_cu_seqlens(name: str, cu: Tensor, like: Tensor) -> None:
     check_tensor(name, cu, (1,), "int32 [num_sequences + 1]")
     if cu.dtype != torch.int32:
@@ -110,6 +127,11 @@ def check_lengths(
         raise ValueError(
             f"plan must be on the device of the data, got {plan.cu_q.device} and {x.device}. Make one there."
         )
+    if x.dim() == 4 and plan is not None and plan.num_seqs != x.shape[0]:
+        raise ValueError(
+            f"plan must have a sequence for each row of the batch, got {plan.num_seqs} for {x.shape[0]} rows. Make one "
+            "of this batch, or flatten the batch."
+        )
     if x.dim() == 4 and cu is not None:
         raise ValueError(
             f"{name} describes packed [T, H, D] input, got 4 dimensions. Flatten the batch or drop {name}."
@@ -118,6 +140,8 @@ def check_lengths(
         raise ValueError(f"a batch must have at least one sequence, got shape {tuple(x.shape)}. Skip the call.")
     if x.dim() == 3 and cu is None and plan is None and not keys:
         raise ValueError("packed [T, H, D] input needs cu_seqlens (or plan). One sequence: cu_seqlens=[0, T], int32.")
+    if keys and max_seqlen is not None and cu is None:
+        raise ValueError("max_seqlen_k must come with cu_seqlens_k, got it alone. Pass both, or leave it out.")
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 0):
         raise ValueError(f"{bound} must be an int >= 0, got {max_seqlen!r}. It is an upper bound on the lengths.")
 
@@ -233,6 +257,9 @@ def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config
         raise ValueError(
             f"method {method!r} takes {METHODS[method]} parameter tensors, got {len(params)}. See nsattn.compress."
         )
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameter {i} of method {method!r} must be a torch.Tensor, got {type(p).__name__}.")
     heads, dim, l = x.shape[-2], x.shape[-1], config.cmp_block
     shapes: list[tuple[str, tuple[int, ...]]] = []
     if method == "linear":
@@ -259,6 +286,8 @@ def check_compression(x: Tensor, method: str, params: tuple[Tensor, ...], config
 
 def check_scale(softmax_scale: float) -> None:
     """Kernels scale the largest score instead of every score, so the order must stay."""
+    if not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}. The default is 1 / sqrt(D).")
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}. The default is 1 / sqrt(D).")
 
@@ -274,15 +303,23 @@ def check_selection(block_idx: Tensor, plan: Plan) -> None:
     """Name the first entry of a selection that kernels would ignore. Waits for the device: a tool for debugging.
 
     Args:
-        block_idx: int32 `[total_q, Hkv, N]`, packed.
+        block_idx: int32 `[total_q, Hkv, N]`, or `[Bsz, S, Hkv, N]`.
         plan: the plan of the batch.
 
     Raises:
-        ValueError: an entry other than -1 is no block of its sequence, lies in the future or occurs twice in a row;
-            with its row, KV head, slot and value.
+        TypeError: no int32 tensor, no plan.
+        ValueError: other rows than the plan's; an entry other than -1 is no block of its sequence, lies in the future
+            or occurs twice in a row; with its row, KV head, slot and value.
     """
     from nsattn.plan import positions, rows_of
 
+    check_tensor("block_idx", block_idx, (3, 4), "int32 [T, Hkv, N] or [Bsz, S, Hkv, N]")
+    if block_idx.dtype != torch.int32:
+        raise TypeError(f"block_idx must be int32, got {block_idx.dtype}. Use block_idx.to(torch.int32).")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must come from nsattn.make_plan, got {type(plan).__name__}.")
+    block_idx = block_idx if block_idx.dim() == 3 else block_idx.flatten(0, 1)
+    check_rows("block_idx", block_idx, plan.total_q, "queries")
     seq, _ = rows_of(plan.cu_q, plan.total_q)
     real = seq < plan.num_seqs
     t = torch.where(real, positions(plan), -1)[:, None, None]

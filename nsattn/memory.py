@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsattn import dispatch
+from nsattn import checks, dispatch
 from nsattn.api import DEFAULT_CONFIG, WORKSPACE
 from nsattn.config import NSAConfig
 from nsattn.plan import make_plan
@@ -51,7 +51,17 @@ def estimate_memory(
         ValueError: sizes that no kernel takes, or an implementation without kernels: the reference's memory grows with
             the square of the length.
     """
-    v_head_dim = v_head_dim or head_dim
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    checks.check_config(config)
+    checks.check_workspace(workspace)
+    checks.check_count("total", total)
+    for what, number in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim),
+                         ("v_head_dim", v_head_dim), ("num_seqs", num_seqs)):  # fmt: skip
+        checks.check_count(what, number, 1)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}. Change one of them."
+        )
     cu = torch.empty(num_seqs + 1, dtype=torch.int32, device="meta")
     plan = make_plan(cu, total, config=config, max_seqlen=max_seqlen)
     shape = dispatch.Shape(

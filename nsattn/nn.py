@@ -140,16 +140,27 @@ class NSAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if config is not None:
+            checks.check_config(config)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}. Change one of them."
             )
-        self.config = config or NSAConfig()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"dim must be a multiple of num_heads, got {dim} and {num_heads}. Or pass head_dim."
+            )
+        self.config = NSAConfig() if config is None else config
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim = head_dim or dim // num_heads
-        self.v_head_dim = v_head_dim or self.head_dim
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
+        if self.head_dim < 2 or self.head_dim % 2 or self.v_head_dim < 1:
+            raise ValueError(
+                f"head_dim must be even for rotary embedding, got {self.head_dim}, and v_head_dim positive, got "
+                f"{self.v_head_dim}. Change them."
+            )
+        if not 0 < rope_theta < float("inf"):
+            raise ValueError(f"rope_theta must be positive and finite, got {rope_theta}. Llama's is 10000.")
         self.branches = 3 if separate_kv else 1
         self.rope_theta, self.impl = rope_theta, impl
         factory = {"device": device, "dtype": dtype}
@@ -184,6 +195,8 @@ class NSAttention(nn.Module):
                 f"{type(cache).__name__}, {type(step).__name__} and x {tuple(x.shape)}. Use CacheLengths.advance."
             )
         else:
+            checks.check_plan_config(step.new, self.config)
+            checks.check_shape("x", x, (*step.positions.shape, x.shape[-1]), "[Bsz, S, dim] of the step")
             new, t, t_cmp = step.new, step.positions.flatten(), step.cmp_positions
         rows = x.flatten(0, -2)
         q = self.q_proj(rows).unflatten(-1, (self.num_heads, self.head_dim))
@@ -218,6 +231,8 @@ class NSAttention(nn.Module):
         checks.check_lengths(x.unsqueeze(-1), cu_seqlens, plan, max_seqlen)  # as [T, dim, 1]: same rules as for q
         if plan is not None:
             checks.check_plan_config(plan, self.config)
+            checks.check_rows("x", x.flatten(0, -2), plan.total_q, "queries")
+            checks.check_rows("x", x.flatten(0, -2), plan.total_k, "keys")
             return plan
         if x.dim() == 3:
             cu_seqlens, max_seqlen = uniform_cu_seqlens(x.shape[0], x.shape[1], x.device), x.shape[1]

@@ -177,9 +177,19 @@ def make_plan(
         A `Plan` on the device of `cu_seqlens`.
 
     Raises:
-        ValueError: lengths on the CPU that do not ascend from 0 to at most the rows, or a bound below one of them. On a
-            GPU nobody looks: such lengths give wrong results there.
+        TypeError: lengths that are no int32 tensor, a config of another class.
+        ValueError: sizes that are no row counts; lengths on the CPU that do not ascend from 0 to at most the rows, or a
+            bound below one of them. On a GPU nobody looks: such lengths give wrong results there.
     """
+    from nsattn import checks  # which needs this module
+
+    checks.check_config(config)
+    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens)
+    if cu_seqlens_k is not None:
+        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, cu_seqlens)
+        checks.check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "as long as cu_seqlens")
+    checks.check_count("total", total)
+    checks.check_count("total_k", total if total_k is None else total_k)
     cu_q = cu_seqlens
     same = cu_seqlens_k is None
     cu_k = cu_q if same else cu_seqlens_k

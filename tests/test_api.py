@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 import nsattn
 from nsattn import NSAConfig, checks, dispatch
-from nsattn.bench.timing import HOST_ROWS
+from nsattn.bench.timing import GRAPH_TOKENS, HOST_ROWS, read_rows, without_host
 from nsattn.kernels._chunks import chunks
 from nsattn.kernels._gradient import Gradient, selected_cut, selected_size
 from nsattn.plan import make_plan
@@ -58,6 +57,16 @@ def squeeze(x=None, **options):
     return nsattn.compress(batch()[1] if x is None else x, **{"config": TINY, **options})
 
 
+def combine(**changes):
+    o = torch.randn(2, 40, 4, 16)
+    return nsattn.combine(**{"o_cmp": o, "o_slc": o, "o_win": o, "gates": torch.rand(2, 40, 4, 3), **changes})
+
+
+def estimate(**changes):
+    sizes = {"total": 1024, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "impl": "kvmajor"}
+    return nsattn.estimate_memory(**{**sizes, **changes})
+
+
 def plan_of(length, config):
     return make_plan(cu(0, length), length, config=config)
 
@@ -99,7 +108,7 @@ ERRORS = [
         ValueError,
         "gates must be [..., Hq, 3] = (2, 40, 4, 3), got (2, 40, 4, 2)",
     ),
-    (lambda: attend(gates=torch.rand(80, 4, 3)), ValueError, "gates must be [..., Hq, 3] with the leading sizes of q"),
+    (lambda: attend(gates=torch.rand(80, 4, 3)), ValueError, "[..., Hq, 3] = (2, 40, 4, 3), got (80, 4, 3)"),
     (lambda: attend(k_cmp=torch.randn(2, 9, 2, 16)), ValueError, "k_cmp and v_cmp must be given together"),
     (lambda: attend(k_win=torch.randn(2, 40, 2, 16)), ValueError, "k_win and v_win must be given together"),
     (
@@ -212,6 +221,54 @@ ERRORS = [
         lambda: attend(k_cmp=squeeze(), v_cmp=squeeze(batch(dv=32)[2])),
         ValueError,
         "v_cmp must have the head dim of v, got 32 and 16",
+    ),
+    (lambda: attend(gates=torch.ones(2, 40, 4, 3, dtype=torch.int32)), TypeError, "gates must be bfloat16, float16"),
+    (lambda: attend(gates=torch.rand(2, 40, 4, 3).to("meta")), ValueError, "gates must be on the device of the data"),
+    (lambda: attend(gates=[1, 2, 3]), TypeError, "gates must be a torch.Tensor, got list"),
+    (lambda: attend(softmax_scale="x"), TypeError, "softmax_scale must be a number, got 'x'"),
+    (
+        lambda: attend(k_cmp=torch.randn(2, 9, 4, 16), v_cmp=torch.randn(2, 9, 4, 16)),
+        ValueError,
+        "k_cmp must be [..., Hkv, D] with the heads of k = (2, 9, 2, 16), got (2, 9, 4, 16)",
+    ),
+    (
+        lambda: attend(plan=plan_of(80, TINY)),
+        ValueError,
+        "plan must have a sequence for each row of the batch, got 1 for 2 rows",
+    ),
+    (lambda: flat(max_seqlen_k=40), ValueError, "max_seqlen_k must come with cu_seqlens_k, got it alone"),
+    (lambda: squeeze(method="gated", params=(1, 2)), TypeError, "parameter 0 of method 'gated' must be a torch.Tensor"),
+    (lambda: combine(o_slc=None), TypeError, "o_slc must be a torch.Tensor, got NoneType"),
+    (lambda: combine(gates=[1]), TypeError, "gates must be a torch.Tensor, got list"),
+    (lambda: make_plan([0, 40], 40, config=TINY), TypeError, "cu_seqlens must be a torch.Tensor, got list"),
+    (lambda: make_plan(cu(0.0, 40.0, dtype=None), 40, config=TINY), TypeError, "cu_seqlens must be int32"),
+    (lambda: make_plan(cu(0, 40), 40, config=None), TypeError, "config must be an NSAConfig, got NoneType"),
+    (lambda: make_plan(cu(0, 40), 40.0, config=TINY), ValueError, "total must be an int of at least 0, got 40.0"),
+    (
+        lambda: make_plan(cu(0, 40), 40, config=TINY, cu_seqlens_k=cu(0, 20, 40)),
+        ValueError,
+        "cu_seqlens_k must be as long as cu_seqlens = (2,), got (3,)",
+    ),
+    (lambda: estimate(num_heads=5), ValueError, "num_heads must be a multiple of num_kv_heads, got 5 and 2"),
+    (lambda: estimate(num_kv_heads=0), ValueError, "num_kv_heads must be an int of at least 1, got 0"),
+    (lambda: estimate(total=-5), ValueError, "total must be an int of at least 0, got -5"),
+    (lambda: estimate(workspace=5), ValueError, "workspace must be an int of at least 1 MiB"),
+    (lambda: estimate(config={}), TypeError, "config must be an NSAConfig, got dict"),
+    (lambda: nsattn.NSAttention(64, 4, 2, config={}), TypeError, "config must be an NSAConfig, got dict"),
+    (lambda: nsattn.NSAttention(100, 8, 2), ValueError, "dim must be a multiple of num_heads, got 100 and 8"),
+    (lambda: nsattn.NSAttention(64, 4, 2, -16), ValueError, "head_dim must be even for rotary embedding, got -16"),
+    (lambda: nsattn.NSAttention(64, 4, 2, rope_theta=0.0), ValueError, "rope_theta must be positive and finite, got 0"),
+    (
+        lambda: nsattn.NSAttention(64, 4, 2, config=TINY)(torch.randn(9, 64), plan=plan_of(8, TINY)),
+        ValueError,
+        "x must have 8 rows (queries of the plan), got 9",
+    ),
+    (lambda: nsattn.check_selection([1], plan_of(9, TINY)), TypeError, "block_idx must be a torch.Tensor, got list"),
+    (lambda: nsattn.check_selection(torch.zeros(9, 2, 4), plan_of(9, TINY)), TypeError, "block_idx must be int32"),
+    (
+        lambda: nsattn.check_selection(torch.zeros(8, 2, 4, dtype=torch.int32), plan_of(9, TINY)),
+        ValueError,
+        "block_idx must have 9 rows (queries of the plan), got 8",
     ),
 ]
 
@@ -326,17 +383,16 @@ def test_dispatch_choices():
 def test_auto_takes_the_faster_kernel_of_the_committed_times():
     """On an H200, with and without Hopper kernels, `auto` never takes one that is over 10 % slower than the best.
 
-    Times of CUDA graphs, or of long calls: of short ones, launches by the host decide.
+    Times of CUDA graphs, and where there is none of long calls: of short ones, launches by the host decide.
     """
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "attention.json"
     times = {}
-    for row in json.loads(path.read_text())["rows"]:
-        graph, kernel = row["impl"].endswith(" graph"), row["impl"].removesuffix(" graph")
-        if row["who"] == "nsattn" and row["op"] == "attend_selected" and (graph or row["T"] * row["Hq"] >= HOST_ROWS):
-            key = row["T"], row["Hq"], row["Hkv"], graph
-            times.setdefault(key, {}).setdefault(kernel, {})[row["direction"]] = row["ms"]
+    for row in without_host(read_rows(path)):
+        graph = row.T <= GRAPH_TOKENS
+        if row.who == "nsattn" and row.op == "attend_selected" and (graph or row.T * row.Hq >= HOST_ROWS):
+            times.setdefault((row.T, row.Hq, row.Hkv), {}).setdefault(row.impl, {})[row.direction] = row.ms
     assert len(times) >= 10
-    for (T, Hq, Hkv, _), by_impl in times.items():
+    for (T, Hq, Hkv), by_impl in times.items():
         for backward, hopper in itertools.product((False, True), {False, "kvmajor_sm90" in by_impl}):
             total = {impl: ms["forward"] + backward * ms["backward"] for impl, ms in by_impl.items()
                      if hopper or not impl.endswith("_sm90")}

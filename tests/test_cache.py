@@ -179,7 +179,7 @@ def test_cache_refusals():
         CacheLengths(layer.config, 0)
     with torch.no_grad():
         with pytest.raises(ValueError, match="mask must be"):
-            lengths.advance((2, 20), x.device, torch.ones(2, 19))
+            lengths.advance((3, 20), x.device, torch.ones(2, 19))
         step = lengths.advance((2, 20), x.device)
         layer(x, cache=cache, step=step)
         with pytest.raises(ValueError, match="step must start after the 20 columns"):
@@ -192,3 +192,8 @@ def test_cache_refusals():
         for kwargs in ({"cache": cache}, {"step": step}, {"cache": cache, "step": step, "cu_seqlens": cu}):
             with pytest.raises(ValueError, match="a cache must come with the step"):
                 layer(x, **kwargs)
+        with pytest.raises(ValueError, match="of the step = .2, 20, 48., got .5, 8, 48."):
+            layer(x.reshape(5, 8, 48), cache=LayerCache(), step=step)
+        other = CacheLengths(nsattn.NSAConfig(8, 4, 16, 2, 1, 1, 1)).advance((2, 20), x.device)
+        with pytest.raises(ValueError, match="plan must be made for the config of the call"):
+            layer(x, cache=LayerCache(), step=other)

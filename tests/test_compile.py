@@ -83,6 +83,43 @@ def test_fullgraph(impl):
             torch.testing.assert_close(a, b, rtol=2e-2 if GPU else 1e-4, atol=2e-2 if GPU else 1e-4)
 
 
+@pytest.mark.skipif(GPU, reason="what inductor makes for a CPU")
+@pytest.mark.parametrize("length", [40, 100])
+def test_inductor_trains_at_odd_lengths(length):
+    """The default backend, at lengths that no vector of a CPU divides: a reference that indexed blocks by key raised
+    an error or gave wrong results there, not in every run."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = NSAConfig(8, 4, 16, 2, 10, 1, 1)
+    shapes = [(2, length, *heads) for heads in ((4, 16), (2, 16), (2, 16), (4, 3))]
+    run = torch.compile(lambda q, k, v, g: nsattn.nsa_attention(q, k, v, gates=g, config=config), fullgraph=True)
+    for _ in range(4):
+        leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+        y = run(*leaves)
+        got = torch.autograd.grad(y.sum(), leaves)
+        want = nsattn.nsa_attention(*leaves[:3], gates=leaves[3], config=config)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        for a, b in zip(got, torch.autograd.grad(want.sum(), leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_two_configs_in_one_function():
+    """The second makes a compiler's symbols of the numbers that differ."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(q, k, v, block_idx, cu, config):
+        return nsattn.attend_selected(q, k, v, block_idx, cu_seqlens=cu, config=config)
+
+    x = inputs(32)
+    block_idx = torch.zeros(32, 2, 2, dtype=torch.int32, device=DEVICE)
+    for block, window in ((16, 20), (32, 40)):
+        arguments = x.q, x.k, x.v, block_idx, x.plan.cu_q
+        config = NSAConfig(8, 4, block, 4, window)
+        want = nsattn.attend_selected(*arguments[:4], cu_seqlens=x.plan.cu_q, config=config)
+        torch.testing.assert_close(run(*arguments, config), want)
+
+
 def test_fullgraph_is_the_first_call():
     """Without an eager call before, from packed lengths, on the function itself.
 

@@ -44,7 +44,7 @@ def test_kernels_write_the_same_tables(n, longest, keys):
 
 
 @pytest.mark.parametrize(("starts", "bound", "message"), [
-    ([], None, "cu_seqlens must ascend from 0"),
+    ([], None, "cu_seqlens must have at least 2 entries, got 0"),
     ([0, 60], None, "cu_seqlens must ascend from 0 to at most the 48 rows"),
     ([5, 48], None, "cu_seqlens must ascend from 0"),
     ([0, 30, 20, 48], None, "cu_seqlens must ascend from 0"),

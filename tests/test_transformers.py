@@ -509,6 +509,7 @@ def test_refusals():
     for kwargs, message in (
         ({"attention_mask": torch.ones(1, 25)}, "like the tokens"),
         ({"position_ids": torch.arange(20).expand(3, 1, 20)}, "position_ids must be"),
+        ({"position_ids": torch.arange(20).expand(3, 20)}, "position_ids must be"),
         ({"cu_seq_lens_q": cu, "attention_mask": torch.ones(1, 20)}, "one packed row"),
         ({"inputs_embeds": torch.zeros(1, 20, 48)}, "exactly one of input_ids"),
     ):
@@ -529,6 +530,7 @@ def test_config_refusals():
         ("llama", {"nsa_layers": [0, 3]}, ValueError, "nsa_layers must be"),
         ("llama", {"nsa_layers": [1, 1]}, ValueError, "nsa_layers must be"),
         ("llama", {"nsa_layers": []}, ValueError, "nsa_layers must be one or more"),
+        ("llama", {"nsa_gate_bias": float("nan")}, ValueError, "nsa_gate_bias must be finite, got nan"),
         ("llama", {"attention_dropout": 0.1}, NotImplementedError, "attention_dropout must be 0"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, NotImplementedError, "sliding_attention"),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, NotImplementedError, "sliding_attention"),
@@ -544,6 +546,26 @@ def test_config_refusals():
     assert type(model) is Qwen2ForCausalLM  # a refused model is left as it was
     with pytest.raises(TypeError, match="config must be an NSAConfig"):
         hf.convert_to_nsa(dense("llama"), {"window": 4})
+    with pytest.raises(TypeError, match="layers must be several numbers, got 1"):
+        hf.convert_to_nsa(dense("llama"), LONG, 1)
+
+
+@torch.no_grad()
+def test_a_model_is_converted_before_it_is_dispatched():
+    """accelerate's hooks keep the forward of the class that they met: after a conversion it would run on."""
+    accelerate = pytest.importorskip("accelerate")
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+    places |= {f"model.layers.{i}": "cpu" for i in range(SIZES["num_hidden_layers"])}
+    ids, model = tokens(2, 50), sparse()
+    want = model(ids).logits
+    model = accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    assert torch.equal(model(ids).logits, want)
+    with pytest.raises(NotImplementedError, match="modules must have the forward of their class.*self_attn"):
+        hf.convert_to_dense(model)
+    other = accelerate.dispatch_model(dense("llama"), places, main_device="cpu", force_hooks=True)
+    with pytest.raises(NotImplementedError, match="Convert first, then dispatch"):
+        hf.convert_to_nsa(other)
+    assert type(other) is LlamaForCausalLM
 
 
 def test_model_types_are_not_taken_for_another_implementation():

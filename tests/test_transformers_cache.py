@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from test_transformers import FAMILIES, LONG, close, dense, sparse, tokens
+from test_transformers import FAMILIES, LONG, SHORT, close, dense, sparse, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaConfig
 
 import nsattn
 from nsattn.integrations import transformers as hf
@@ -188,6 +188,15 @@ def test_refusals():
         model(ids, use_cache=True, cu_seq_lens_q=cu)
     with pytest.raises(ValueError, match="position_ids must count the tokens"):
         model(ids, use_cache=True, position_ids=torch.arange(20)[None] + 3)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="position_ids must count the tokens"):
+        model(ids[:, :5], past_key_values=cache, position_ids=torch.arange(5)[None])
+    model(ids[:, :5], past_key_values=cache, position_ids=torch.arange(20, 25)[None])  # nothing had been counted in
+    for other in (hf.NSACache(sparse(config=SHORT).config), hf.NSACache(sparse(config=LONG, layers=[2]).config)):
+        with pytest.raises(ValueError, match="past_key_values must be made for this model's config"):
+            model(ids, past_key_values=other)
+    with pytest.raises(TypeError, match="config must be that of an NSA model, got LlamaConfig"):
+        hf.NSACache(LlamaConfig())
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 25\) like the tokens, cached ones included"):
         model(tokens(1, 5), past_key_values=cache, attention_mask=torch.ones(1, 5))

@@ -90,11 +90,12 @@ def attend_selected(
     """Eq 11, 12: softmax attention to all tokens at or before the query in the set of selected blocks."""
     B, blocks = plan.config.slc_block, max(plan.max_blk, 1)
     index = _pad(block_idx, plan.cu_q, plan.max_q).long().transpose(1, 2)  # [n, h, q, N]
-    index = torch.where((index < 0) | (index >= blocks), blocks, index)  # one column more for unused slots
-    chosen = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool, device=q.device)
-    chosen = chosen.scatter(-1, index, True)[..., :blocks]
+    index = torch.where((index < 0) | (index >= blocks), blocks, index)  # one block more for unused slots
+    # Keys, not blocks, are marked: what inductor makes of chosen[..., key // B] for a CPU reads beyond the last block.
+    key = (index[..., None] * B + torch.arange(B, device=q.device)).flatten(-2)  # [n, h, q, N * B]
+    chosen = torch.zeros(*index.shape[:3], (blocks + 1) * B, dtype=torch.bool, device=q.device).scatter(-1, key, True)
     key = torch.arange(max(plan.max_k, 1), device=q.device)
-    visible = chosen[..., key // B] & (key <= _query_positions(plan)[:, None, :, None])
+    visible = chosen[..., : len(key)] & (key <= _query_positions(plan)[:, None, :, None])
     return _attend(q, k, v, visible, plan, (plan.cu_k, plan.max_k), scale)
 
 

@@ -86,10 +86,16 @@ class NSACache(Cache):
     never waits for the device.
 
     Raises:
+        TypeError: a config without NSA.
         NotImplementedError: `crop` (assisted decoding), offloading, gradients.
     """
 
     def __init__(self, config: Any, max_length: int | None = None) -> None:
+        if not hasattr(config, "block_sizes"):
+            raise TypeError(
+                f"config must be that of an NSA model, got {type(config).__name__}. Use NSACache(model.config) after "
+                "convert_to_nsa."
+            )
         self.lengths = CacheLengths(config.block_sizes, max_length)
         sparse = set(config.sparse_layers)
         dense = DynamicLayer if max_length is None else lambda: StaticLayer(max_cache_len=max_length)

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: @strict checks types that it reads from the annotations.
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +75,8 @@ class NSAFields:
                 f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
                 f"{self.num_key_value_heads}. Change one of them."
             )
+        if not math.isfinite(self.nsa_gate_bias):
+            raise ValueError(f"nsa_gate_bias must be finite, got {self.nsa_gate_bias}. 0 opens all gates by half.")
         layers = self.sparse_layers
         if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(self.num_hidden_layers)):
             raise ValueError(

@@ -72,16 +72,20 @@ def convert_to_nsa(
 
     Raises:
         TypeError: a model of another class.
-        ValueError, NotImplementedError: a dense config that NSA cannot take over, see `NSAFields`.
+        ValueError, NotImplementedError: a dense config that NSA cannot take over, see `NSAFields`; a model that
+            accelerate has dispatched, or whose forward was compiled: do that after the conversion.
     """
     family = find_family(model, ("model", "lm"))
     config = NSAConfig() if config is None else config
     checks.check_config(config)
     fields = {f"nsa_{name}": value for name, value in asdict(config).items()}
+    if isinstance(layers, int):
+        raise TypeError(f"layers must be several numbers, got {layers!r}. One layer is [{layers}].")
     layers = None if layers is None else list(layers)
     fields |= {"nsa_compression": compression, "nsa_gate_bias": gate_bias, "nsa_layers": layers}
     sparse = family.sparse_config.from_dict({**model.config.to_dict(), **fields})
     base = model if type(model) is family.model else model.model
+    check_forwards(model, base)
     switch_config(model, family.config, sparse)
     if base is not model:
         switch_class(model, family.sparse_lm)
@@ -106,6 +110,7 @@ def convert_to_dense(model: Any) -> Any:
     added = ("model_type", "use_cache")
     values = {k: v for k, v in model.config.to_dict().items() if k not in added and not k.startswith("nsa_")}
     base = model if type(model) is family.sparse_model else model.model
+    check_forwards(model, base)
     for i in model.config.sparse_layers:
         base.layers[i].self_attn.remove_branches()
         base.layers[i].self_attn.__class__ = family.attention
@@ -114,6 +119,16 @@ def convert_to_dense(model: Any) -> Any:
         switch_class(model, family.lm)
     switch_class(base, family.model)
     return model
+
+
+def check_forwards(model: Any, base: Any) -> None:
+    """Nobody has put a forward into a module whose class changes: it would still be that of the old class."""
+    modules = {"": model, "model": base, **{f"layers.{i}.self_attn": x.self_attn for i, x in enumerate(base.layers)}}
+    if replaced := [name or "the model" for name, module in modules.items() if "forward" in vars(module)]:
+        raise NotImplementedError(
+            f"modules must have the forward of their class, got another one in {', '.join(replaced)} (hooks of "
+            "accelerate's device_map, or torch.compile of a forward). Convert first, then dispatch or compile."
+        )
 
 
 def find_family(model: Any, roles: tuple[str, ...]) -> Family:

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple  # pyright: ignore[repor
 
 from nsattn import api, checks
 from nsattn.cache import Step
-from nsattn.integrations.transformers.cache import NSACache
+from nsattn.integrations.transformers.cache import NSACache, NSACacheLayer
 from nsattn.integrations.transformers.config import NSALlamaConfig, NSAQwen2Config, NSAQwen3Config
 from nsattn.nn import Compressor, attend_cached
 from nsattn.plan import Plan, make_plan, positions, rows_of, uniform_cu_seqlens
@@ -238,14 +238,14 @@ class NSABaseModel(NSAPreTrained):
         waits.
         """
         mask = self.dense_mask(inputs_embeds, attention_mask, cache, position_ids)
-        step = cache.advance(inputs_embeds.shape[:2], inputs_embeds.device, attention_mask)
-        if position_ids is not None and inputs_embeds.shape[1] > 1:
-            same = position_ids.to(step.positions.device) == step.positions
-            if not bool((same if step.kept is None else same | ~step.kept).all()):
+        if position_ids is not None and inputs_embeds.shape[1] > 1:  # before anything is counted in
+            new = None if attention_mask is None else attention_mask[:, cache.lengths.columns :]
+            if not bool(cache.lengths.follows(position_ids.to(inputs_embeds.device), new).all()):
                 raise ValueError(
                     "position_ids must count the tokens that the mask keeps in a row, those in the cache too, got "
                     "other positions. Leave them out; with a cache, rows cannot hold packed sequences."
                 )
+        step = cache.advance(inputs_embeds.shape[:2], inputs_embeds.device, attention_mask)
         out = super().forward(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -339,6 +339,13 @@ def check_cache(model: Any, cache: Any, cu: Tensor | None) -> None:
             f"past_key_values must be an NSACache, got {type(cache).__name__}. Make one with NSACache(model.config), "
             "or pass use_cache=True."
         )
+    layers = [i for i, layer in enumerate(cache.layers) if isinstance(layer, NSACacheLayer)]
+    if cache.lengths.config != model.config.block_sizes or layers != sorted(model.config.sparse_layers):
+        raise ValueError(
+            f"past_key_values must be made for this model's config, got {cache.lengths.config} and NSA in layers "
+            f"{layers}, and the model has {model.config.block_sizes} and {sorted(model.config.sparse_layers)}. Make it "
+            "with NSACache(model.config)."
+        )
     if cu is not None:
         raise NotImplementedError(
             "cu_seq_lens_q must be None with a cache: it keeps one sequence for each row of the batch. Pad the "
@@ -369,7 +376,9 @@ def check_lengths(
     for name, x in (("position_ids", position_ids), ("cu_seq_lens_q", cu)):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}. Pass torch.tensor({name}).")
-    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != shape[1]):
+    if position_ids is not None and (
+        position_ids.dim() != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0])
+    ):
         raise ValueError(f"position_ids must be [1 or Bsz, S], got {tuple(position_ids.shape)} for {tuple(shape[:2])}.")
     if cu is not None and (attention_mask is not None or shape[0] != 1):
         raise ValueError(
