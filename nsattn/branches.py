@@ -354,12 +354,8 @@ def _attend_gated(
         o_slc, lse_slc = dispatch.load("attend_selected", impl_slc).attend_selected(
             q, k, v, block_idx, plan, **options
         )
-        kernels = dispatch.load("attend_window", impl_win)
-        if hasattr(kernels, "attend_window_gated"):  # it adds up what it has at hand
-            o, o_win, lse_win = kernels.attend_window_gated(q, *window, o_cmp, o_slc, gates, plan, **options)
-        else:
-            o_win, lse_win = kernels.attend_window(q, *window, plan, **options)
-            o = dispatch.load("combine", impl_combine).combine(o_cmp, o_slc, o_win, gates)
+        o_win, lse_win = dispatch.load("attend_window", impl_win).attend_window(q, *window, plan, **options)
+        o = dispatch.load("combine", impl_combine).combine(o_cmp, o_slc, o_win, gates)
     return o, o_slc, lse_slc, o_win, lse_win
 
 

@@ -241,8 +241,6 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
     else:
         k, v = (x.k_cmp, x.v_cmp) if operation == "attend_compressed" else (x.k_win, x.v_win)
         yield lambda: function(x.q, k, v, plan, **scratch)
-        if hasattr(module, f"{operation}_gated"):
-            yield lambda: getattr(module, f"{operation}_gated")(x.q, k, v, o, o, x.gates, plan, **scratch)
         yield lambda: backward(o, dlse, x.q, k, v, o, lse, plan, **scratch)
         yield lambda: backward(o, None, x.q, k, v, o, lse, plan, **scratch, **total)
         if cell.everywhere:

@@ -7,9 +7,6 @@ memory three deep: the first copies the keys, the second the values. They wait f
 too, so one multiplies while the other takes exponentials, or begins. Inside a warpgroup the product of the last step's
 probabilities with V is under way while this step's softmax is computed.
 
-The last branch to run may also add all three up (Eq 5): the other outputs are read while its last product is under
-way, so that the sum costs no pass over memory of its own.
-
 On an H200, compressed keys of 64K tokens and 32/8 heads: 4.2 ms where `_dense` takes 5.3 (docs/log.md, 2026-11-23 and
 27).
 """
@@ -162,11 +159,11 @@ def _step(
 @gluon.jit
 def _rows(
     Q, O, LSE, i_pair, n0, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K, CU_KEYS,
-    sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, O_CMP, O_SLC, GATES, SUM,
+    sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
     """Output and lse of 64 rows of the i-th pair of tiles: those of this warpgroup among the 128 from `row`. Steps are
-    numbered from n0; returns the number of the next. With GATES also the gated sum of the branches, this one the last.
+    numbered from n0; returns the number of the next.
 
     The first warpgroup copies keys two steps ahead, the other one values, which are needed a step later: `KV`.
     """
@@ -226,13 +223,6 @@ def _rows(
         wait_for(n0 + steps - 1, v_full, STAGES)
         fence_async_shared()
         acc = warpgroup_mma(p, v_tiles.index((n0 + steps - 1) % STAGES), acc, is_async=True)
-        o_first = start_q.to(gl.int64) * num_heads + kv_head * G
-        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-        o_r, m_r = o_first + (r // G).to(gl.int64) * num_heads + r % G, r // G < left
-        o_o, m_o = (o_r * D)[:, None] + o_d[None, :], m_r[:, None]
-        if GATES is not None:
-            o_cmp, o_slc = gl.load(O_CMP + o_o, mask=m_o), gl.load(O_SLC + o_o, mask=m_o)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         release(n0 + steps - 1, v_empty, STAGES)
         n0 += steps
@@ -240,30 +230,22 @@ def _rows(
         some = l > 0
         l = gl.where(some, l, 1.0)
         lse = gl.where(some, (m + gl.log2(l)) * LN2, -float("inf"))
+        o_first = start_q.to(gl.int64) * num_heads + kv_head * G
         r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, SCORES))
         gl.store(LSE + (o_first + (r // G).to(gl.int64) * num_heads + r % G), lse, mask=r // G < left)
         q_tile.store((acc / l[:, None]).to(q_tile.dtype))
         barrier()
-        o = q_tile.load(COPY)
-        gl.store(O + o_o, o, mask=m_o)
-        if GATES is not None:
-            o_sum = _gate(GATES, o_r, m_r, 0) * o_cmp.to(gl.float32)
-            o_sum += _gate(GATES, o_r, m_r, 1) * o_slc.to(gl.float32)
-            o_sum += _gate(GATES, o_r, m_r, 2) * o.to(gl.float32)
-            gl.store(SUM + o_o, o_sum.to(o.dtype), mask=m_o)
+        r = row + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+        o_o = (o_first + (r // G).to(gl.int64) * num_heads + r % G) * D
+        gl.store(O + (o_o[:, None] + o_d[None, :]), q_tile.load(COPY), mask=(r // G < left)[:, None])
     return n0
-
-
-@gluon.jit
-def _gate(GATES, o_r, m_r, BRANCH: gl.constexpr):
-    """Gates of a branch for rows (token, head), as a column."""
-    return gl.load(GATES + o_r * 3 + BRANCH, mask=m_r, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
 def _warpgroup(
     Q, O, LSE, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K, CU_KEYS,
-    sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads, O_CMP, O_SLC, GATES, SUM,
+    sq_t8, sq_h8, sn_t8, sn_h8, scale, num_parts, num_heads,
     WARPGROUP: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
     """`_rows` for all parts of a program."""
@@ -273,8 +255,7 @@ def _warpgroup(
         i_pair, kv_head, row = part(k, num_parts, num_heads, G)
         n = _rows(
             Q, O, LSE, i_pair, n, q_tile, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, KV, PAIRS, CU_Q, CU_K,
-            CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, O_CMP, O_SLC, GATES, SUM,
-            WARPGROUP, G, STRIDE, SPAN, WINDOW,
+            CU_KEYS, sq_t8, sq_h8, sn_t8, sn_h8, kv_head, row, scale, num_heads, WARPGROUP, G, STRIDE, SPAN, WINDOW,
         )  # fmt: skip
 
 
@@ -356,18 +337,16 @@ def barriers(STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=["num_parts", "num_seqs", "total"])
 def _dense_fwd_sm90_kernel(
     Q, K, V, PAIRS, CU_Q, CU_K, CU_KEYS, O, LSE, sq_t8, sq_h8, sk_t8, sk_h8, sv_t8, sv_h8,
-    num_parts, num_heads, num_seqs, total, scale, O_CMP, O_SLC, GATES, SUM,
+    num_parts, num_heads, num_seqs, total, scale,
     G: gl.constexpr, STRIDE: gl.constexpr, SPAN: gl.constexpr, WINDOW: gl.constexpr,
 ):
     """Output and lse of parts of 128 rows of a pair of tiles: online softmax over the keys they see (Eq 8; 3.3.3).
 
     Row r of a pair is head r % G of the group and token r // G. Strides ending in 8 count 8 elements: this tells the
-    compiler that rows start at whole 16 bytes. With GATES, SUM gets the gated sum of O_CMP, O_SLC and O (Eq 5).
+    compiler that rows start at whole 16 bytes.
     """
     TYPE: gl.constexpr = Q.dtype.element_ty
     clear_slack(O, LSE, CU_Q, num_parts, num_heads, num_seqs, total, G, WINDOW)
-    if GATES is not None:
-        clear_slack(SUM, None, CU_Q, num_parts, num_heads, num_seqs, total, G, WINDOW)
     q_tiles = gl.allocate_shared_memory(TYPE, [2, BM, D], SHARED)
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BN, D], SHARED)
@@ -376,10 +355,10 @@ def _dense_fwd_sm90_kernel(
     barrier()
     gl.warp_specialize([
         (_warpgroup, (Q, O, LSE, q_tiles.index(0), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, K, PAIRS, CU_Q,
-                      CU_K, CU_KEYS, sq_t8, sq_h8, sk_t8, sk_h8, scale, num_parts, num_heads, O_CMP, O_SLC, GATES, SUM,
+                      CU_K, CU_KEYS, sq_t8, sq_h8, sk_t8, sk_h8, scale, num_parts, num_heads,
                       0, G, STRIDE, SPAN, WINDOW)),
         (_warpgroup, (Q, O, LSE, q_tiles.index(1), k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, V, PAIRS, CU_Q,
-                      CU_K, CU_KEYS, sq_t8, sq_h8, sv_t8, sv_h8, scale, num_parts, num_heads, O_CMP, O_SLC, GATES, SUM,
+                      CU_K, CU_KEYS, sq_t8, sq_h8, sv_t8, sv_h8, scale, num_parts, num_heads,
                       1, G, STRIDE, SPAN, WINDOW)),
     ], [4], [256])
 
@@ -391,16 +370,8 @@ def programs(num_parts: int, device: torch.device) -> int:
     return num_parts if num_parts < 2 * TURNS.value * places else TURNS.value * places
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float,
-    gated: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`_dense.forward` on Hopper, D = Dv = 128.
-
-    Args:
-        gated: outputs of the compressed and of the selected branch, gates, and where the gated sum of the three
-            branches goes, this one the last. All contiguous.
-    """
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keys: Keys, *, scale: float) -> tuple[Tensor, Tensor]:
+    """`_dense.forward` on Hopper, D = Dv = 128."""
     q, k, v = map(aligned, (q, k, v))
     T, Hq, _ = q.shape
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -411,7 +382,7 @@ def forward(
     num_parts = plan.q_pairs.shape[0] * Hq
     _dense_fwd_sm90_kernel[(programs(num_parts, q.device),)](
         q, k, v, plan.q_pairs, plan.cu_q, plan.cu_k, keys.cu, o, lse, *strides, num_parts, Hq, plan.num_seqs, T, scale,
-        *(gated or (None,) * 4), G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
+        G=Hq // k.shape[1], STRIDE=keys.stride, SPAN=keys.span,
         WINDOW=None if keys.window >= UNLIMITED else keys.window, num_warps=4, maxnreg=256,
     )  # fmt: skip
     return o, lse

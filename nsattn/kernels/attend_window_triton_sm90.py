@@ -7,7 +7,6 @@ The forward is that of `_dense_sm90`, the backward that of `_dense_backward_sm90
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsattn.kernels import _dense, _dense_backward_sm90, _dense_sm90
@@ -19,16 +18,6 @@ def attend_window(
 ) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. See `nsattn.attend_window`."""
     return _dense_sm90.forward(q, k, v, plan, _dense.window_keys(plan), scale=scale)
-
-
-def attend_window_gated(
-    q: Tensor, k: Tensor, v: Tensor, o_cmp: Tensor, o_slc: Tensor, gates: Tensor, plan: Plan, *, scale: float,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_window`, then `combine` (Eq 5) in the same pass: (gated sum, output of the window, its lse)."""
-    o = torch.empty_like(o_cmp)
-    gated = o_cmp, o_slc, gates, o
-    return o, *_dense_sm90.forward(q, k, v, plan, _dense.window_keys(plan), scale=scale, gated=gated)
 
 
 def attend_window_bwd(
