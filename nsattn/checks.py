@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from nsattn.config import NSAConfig
-from nsattn.plan import Plan, num_compressed
+from nsattn.config import check_config as check_config  # for those who check other arguments too
+from nsattn.plan import Plan, check_starts, num_compressed
+from nsattn.plan import check_count as check_count
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 METHODS = {"mean": 0, "linear": 2, "mlp": 5, "gated": 2}  # number of parameter tensors
@@ -21,11 +23,6 @@ def check_tensor(name: str, x: object, dims: tuple[int, ...], what: str) -> None
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}. Pass {what}.")
     if x.dim() not in dims:
         raise ValueError(f"{name} must be {what}, got shape {tuple(x.shape)}. Reshape it.")
-
-
-def check_config(config: object) -> None:
-    if not isinstance(config, NSAConfig):
-        raise TypeError(f"config must be an NSAConfig, got {type(config).__name__}. Pass nsattn.NSAConfig(...).")
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -97,21 +94,10 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         )
 
 
-def check_count(name: str, number: object, least: int = 0) -> None:
-    if not isinstance(number, (int, torch.SymInt)) or number < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {number!r}. It is a number of rows or heads.")
-
-
 def check_cu_seqlens(name: str, cu: Tensor, like: Tensor) -> None:
-    check_tensor(name, cu, (1,), "int32 [num_sequences + 1]")
-    if cu.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu.dtype}. Use cu_seqlens.to(torch.int32).")
-    if cu.shape[0] < 2:
-        raise ValueError(f"{name} must have at least 2 entries, got {cu.shape[0]}. One sequence is [0, length].")
+    check_starts(name, cu)
     if cu.device != like.device:
         raise ValueError(f"{name} must be on the device of the data, got {cu.device} and {like.device}. Move it.")
-    if not cu.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got stride {cu.stride()}. Use .contiguous().")
 
 
 def check_lengths(

@@ -78,3 +78,8 @@ class NSAConfig:
                 f"init_blocks + local_blocks must be at most num_selected, got {self.init_blocks} + "
                 f"{self.local_blocks} > {self.num_selected}. Force fewer blocks or select more."
             )
+
+
+def check_config(config: object) -> None:
+    if not isinstance(config, NSAConfig):
+        raise TypeError(f"config must be an NSAConfig, got {type(config).__name__}. Pass nsattn.NSAConfig(...).")

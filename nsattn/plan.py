@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsattn.config import NSAConfig
+from nsattn.config import NSAConfig, check_config
 
 find_spec = functools.cache(_find_spec)
 TILE = 64  # rows of a tile table entry; kernels use this tile or one that divides it
@@ -157,6 +157,25 @@ def num_compressed(length: int, config: NSAConfig) -> int:
     return max(0, (length - config.cmp_block) // config.cmp_stride + 1)
 
 
+def check_count(name: str, number: object, least: int = 0) -> None:
+    if not isinstance(number, (int, torch.SymInt)) or number < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {number!r}. It is a number of rows or heads.")
+
+
+def check_starts(name: str, cu: object) -> None:
+    """Where packed sequences start and the last one ends."""
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu).__name__}. Pass int32 [num_sequences + 1].")
+    if cu.dim() != 1:
+        raise ValueError(f"{name} must be int32 [num_sequences + 1], got shape {tuple(cu.shape)}. Reshape it.")
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu.dtype}. Use cu_seqlens.to(torch.int32).")
+    if cu.shape[0] < 2:
+        raise ValueError(f"{name} must have at least 2 entries, got {cu.shape[0]}. One sequence is [0, length].")
+    if not cu.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {cu.stride()}. Use .contiguous().")
+
+
 def make_plan(
     cu_seqlens: Tensor, total: int, *, config: NSAConfig, max_seqlen: int | None = None,
     cu_seqlens_k: Tensor | None = None, total_k: int | None = None, max_seqlen_k: int | None = None,
@@ -181,15 +200,15 @@ def make_plan(
         ValueError: sizes that are no row counts; lengths on the CPU that do not ascend from 0 to at most the rows, or a
             bound below one of them. On a GPU nobody looks: such lengths give wrong results there.
     """
-    from nsattn import checks  # which needs this module
-
-    checks.check_config(config)
-    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens)
+    check_config(config)
+    check_starts("cu_seqlens", cu_seqlens)
     if cu_seqlens_k is not None:
-        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, cu_seqlens)
-        checks.check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "as long as cu_seqlens")
-    checks.check_count("total", total)
-    checks.check_count("total_k", total if total_k is None else total_k)
+        check_starts("cu_seqlens_k", cu_seqlens_k)
+        if cu_seqlens_k.shape != cu_seqlens.shape:
+            want, got = tuple(cu_seqlens.shape), tuple(cu_seqlens_k.shape)
+            raise ValueError(f"cu_seqlens_k must be as long as cu_seqlens = {want}, got {got}.")
+    check_count("total", total)
+    check_count("total_k", total if total_k is None else total_k)
     cu_q = cu_seqlens
     same = cu_seqlens_k is None
     cu_k = cu_q if same else cu_seqlens_k

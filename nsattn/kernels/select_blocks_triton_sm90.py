@@ -8,7 +8,7 @@ waited for at the top of the loop, where a new block of code begins, because the
 exponentials in the same block. Then the copy of the next keys starts, and flies during the last exponentials, pooling
 and stores.
 
-`dispatch` offers it for l / d <= 2 and B / d <= 32.
+`dispatch` offers it for l / d <= 2 and B / d <= 32; heads take turns for l / d = 2 and B / d = 4 only.
 """
 
 from __future__ import annotations
@@ -215,5 +215,8 @@ def select_blocks(
     q: Tensor, k_cmp: Tensor, lse_cmp: Tensor, plan: Plan, *, scale: float, workspace: int
 ) -> Tensor:
     """Eq 9, 10. See `nsattn.select_blocks`."""
-    q, k_cmp = aligned(q), aligned(k_cmp)
-    return _select_blocks.select_blocks(q, k_cmp, lse_cmp, plan, scale=scale, workspace=workspace, launch=_scores)
+    q, k_cmp, config = aligned(q), aligned(k_cmp), plan.config
+    # Heads in turn have run on a GPU with the paper's sizes only; others get the score kernel for any GPU until then.
+    tried = q.shape[1] <= MOST_HEADS * k_cmp.shape[1] or (config.overlap, config.keys_per_block) == (2, 4)
+    launch = _scores if tried else _select_blocks.scores
+    return _select_blocks.select_blocks(q, k_cmp, lse_cmp, plan, scale=scale, workspace=workspace, launch=launch)
