@@ -416,10 +416,8 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, impl:
     checks.check_tensor("o_cmp", o_cmp, (3, 4), "[T, Hq, Dv] or [Bsz, S, Hq, Dv]")
     checks.check_float("o_cmp", o_cmp)
     for name, o in (("o_slc", o_slc), ("o_win", o_win)):
-        checks.check_tensor(name, o, (o_cmp.dim(),), "the shape of o_cmp")
+        checks.check_beside(name, o, o_cmp, tuple(o_cmp.shape), "the shape of o_cmp")
     checks.check_same(o_cmp=o_cmp, o_slc=o_slc, o_win=o_win)
-    for name, o in (("o_slc", o_slc), ("o_win", o_win)):
-        checks.check_shape(name, o, tuple(o_cmp.shape), "the shape of o_cmp")
     checks.check_beside("gates", gates, o_cmp, (*o_cmp.shape[:-1], 3), "[..., Hq, 3]")
     impl = dispatch.resolve("combine", impl, dispatch.Shape(o_cmp.device.type, o_cmp.dtype))
     o = branches.combine(_packed(o_cmp), _packed(o_slc), _packed(o_win), _packed(gates), impl=impl)

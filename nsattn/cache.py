@@ -124,10 +124,7 @@ class CacheLengths:
                 "a cache holds no gradients, got a call with gradients enabled. Wrap it in torch.no_grad(), or train "
                 "without a cache."
             )
-        if self.tokens is not None and len(self.tokens) != batch:
-            raise ValueError(
-                f"the batch must have {len(self.tokens)} rows as in the cache, got {batch}. Use a cache for each batch."
-            )
+        self._check_batch(batch)
         if mask is not None and tuple(mask.shape) != tuple(shape):
             raise ValueError(f"mask must be [Bsz, S] = {tuple(shape)}, got {tuple(mask.shape)}.")
         if self.max_length is not None and self.columns + num > self.max_length:
@@ -148,9 +145,20 @@ class CacheLengths:
         self.tokens.add_(added)  # in place: a CUDA graph that replays this goes on counting
         return (self._single if num == 1 else self._several)(old, added, kept, num, start)
 
-    def follows(self, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _check_batch(self, batch: int) -> None:
+        if self.tokens is not None and len(self.tokens) != batch:
+            raise ValueError(
+                f"the batch must have {len(self.tokens)} rows as in the cache, got {batch}. Use a cache for each batch."
+            )
+
+    def follows(self, positions: Tensor, batch: int, mask: Tensor | None = None) -> Tensor:
         """Whether `positions`, `[1 or Bsz, S]`, are those that `advance` would give to new tokens, `[Bsz, S]`; where
-        `mask` takes a token out any are."""
+        `mask` takes a token out any are.
+
+        Raises:
+            ValueError: as `advance`, of the batch.
+        """
+        self._check_batch(batch)
         old = 0 if self.tokens is None else self.tokens.long()[:, None]
         place = torch.arange(positions.shape[1], device=positions.device)
         if mask is None:

@@ -218,6 +218,9 @@ def _operation(operation: str, module: Any, cell: Cell, x: Inputs) -> Iterator[C
             yield lambda y=y, p=params, m=method: backward(y, x.k, p, plan, method=m)
     elif operation == "select_blocks":
         yield lambda: function(x.q, x.k_cmp, lse, plan, **scratch)
+        if times := getattr(module, "MOST_HEADS", 0) // cell.group and 64 // cell.group:  # heads in turn
+            many = x.q.repeat(1, times, 1), x.k_cmp, lse.repeat(1, times)
+            yield lambda: function(*many, plan, **scratch)
         if dispatch.TABLE[operation]["triton"].module in module.__name__.split("."):
             finer = plan._replace(config=replace(plan.config, cmp_stride=8))  # another kernel; it does not run here
             yield lambda: function(x.q, x.k_cmp, lse, finer, **scratch)

@@ -191,6 +191,8 @@ def test_refusals():
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="position_ids must count the tokens"):
         model(ids[:, :5], past_key_values=cache, position_ids=torch.arange(5)[None])
+    with pytest.raises(ValueError, match="the batch must have 1 rows as in the cache, got 3"):
+        model(tokens(3, 5), past_key_values=cache, position_ids=torch.arange(5).expand(3, 5))
     model(ids[:, :5], past_key_values=cache, position_ids=torch.arange(20, 25)[None])  # nothing had been counted in
     for other in (hf.NSACache(sparse(config=SHORT).config), hf.NSACache(sparse(config=LONG, layers=[2]).config)):
         with pytest.raises(ValueError, match="past_key_values must be made for this model's config"):

@@ -230,7 +230,7 @@ def _works(
 
     shape = dispatch.Shape(
         device, dtype, D, D, Hq // Hkv, plan.max_blk, config.slc_block, dispatch.capability(device, None),
-        overlap=config.cmp_block // config.cmp_stride, keys_per_block=config.slc_block // config.cmp_stride,
+        overlap=config.overlap, keys_per_block=config.keys_per_block,
     )  # fmt: skip
     auto = {op: dispatch.resolve(op, "auto", shape) for op in dispatch.TABLE if op != "attend_selected"}
     works = [

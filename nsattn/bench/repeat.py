@@ -48,10 +48,15 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     for row in right:
         if not _graph(row) and _name(row) in graphs:
             continue
-        ours = next((x for x in right if _compared(row, x)), None)
+        ours = min((x for x in right if _compared(row, x)), key=lambda x: _ops(row).index(x.get("op")), default=None)
         if ours and (_graph(ours) or ours.get("phase") == DECODE or ours["T"] * _heads(ours) >= HOST_ROWS):
             found[_whose(row), _name(row)] = row["ms"] / ours["ms"]
     return found
+
+
+def _ops(row: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Operations of ours that do the work of a contender's row, the first that was timed counts; models have none."""
+    return STANDS_FOR.get(row.get("op", ""), (row.get("op"),))
 
 
 def _heads(row: Mapping[str, Any]) -> int:
@@ -78,7 +83,7 @@ def _compared(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
         return same and ours["attention"] == "auto" and row["attention"] != "auto"
     if ours["who"] != OURS or not (row["who"] != OURS or row["impl"].startswith("qmajor")):
         return False
-    ops = STANDS_FOR.get(row["op"], (row["op"],))
+    ops = _ops(row)
     impl = ours["impl"].removesuffix(GRAPH)
     same = SHAPE
     if row["op"] not in ops:  # dense attention has no selection; ours then is the usual one

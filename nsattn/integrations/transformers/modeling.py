@@ -240,7 +240,7 @@ class NSABaseModel(NSAPreTrained):
         mask = self.dense_mask(inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is not None and inputs_embeds.shape[1] > 1:  # before anything is counted in
             new = None if attention_mask is None else attention_mask[:, cache.lengths.columns :]
-            if not bool(cache.lengths.follows(position_ids.to(inputs_embeds.device), new).all()):
+            if not bool(cache.lengths.follows(position_ids.to(inputs_embeds.device), len(inputs_embeds), new).all()):
                 raise ValueError(
                     "position_ids must count the tokens that the mask keeps in a row, those in the cache too, got "
                     "other positions. Leave them out; with a cache, rows cannot hold packed sequences."
